@@ -1,0 +1,47 @@
+# make demo | make test | make check: each works from a fresh clone (Python >= 3.10, a C++ compiler, the package index).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV = $(shell command -v uv || echo $(BIN)/uv)
+PORT ?= 29517
+
+.PHONY: demo test test-slow check format lock install clean gpu-check
+
+demo: install
+	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py --demo --output runs/demo
+
+test: install
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m "slow and not gpu" tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.built
+
+# The locked set; untouched while the lock is unchanged.
+$(VENV)/.locked: requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v uv > /dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(UV) pip sync --quiet --python $(BIN)/python requirements.lock
+	touch $@
+
+# The checkout itself, in place, with kernels._C.
+$(VENV)/.built: $(VENV)/.locked setup.py pyproject.toml $(wildcard csrc/*)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock:
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --extra dev --allow-unsafe \
+	  --no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/_C*.so

@@ -1,0 +1,167 @@
+"""What a run is made of: `ModelConfig` and `TrainConfig`, frozen, validated, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+from engine.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the Instruct-ReID model. Pictures are (height, width) in pixels; widths are features.
+
+    stem          "patch": ViT's patch x patch convolution; "conv": strided 3x3 convolutions down to `patch`
+    part_tokens   extra class tokens beside CLS (PASS has 3)
+    clothes_size  size of a clothes picture before the picture tower
+    text_tokens   longest instruction in tokens, CLS and SEP included; what is longer is cut
+    embed         size of the projections that text-to-image search compares
+    """
+
+    name: str = "irm_base"
+    image_size: tuple[int, int] = (256, 128)
+    patch: int = 16
+    stem: str = "patch"
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    part_tokens: int = 0
+    drop_path: float = 0.1
+    clothes_size: tuple[int, int] = (128, 128)
+    picture_depth: int = 12
+    text_depth: int = 6
+    text_heads: int = 12
+    text_tokens: int = 70
+    instruction_width: int = 768
+    fusion_depth: int = 2
+    embed: int = 256
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        object.__setattr__(self, "clothes_size", tuple(self.clothes_size))
+        for what in ("image_size", "clothes_size"):
+            size = getattr(self, what)
+            if len(size) != 2 or any(side <= 0 or side % self.patch for side in size):
+                raise InputError(f"{what} {size}: expected height and width, multiples of the patch ({self.patch})")
+        if self.stem not in ("patch", "conv"):
+            raise InputError(f"stem {self.stem!r}: expected 'patch' or 'conv'")
+        for width, heads in ((self.width, self.heads), (self.instruction_width, self.text_heads)):
+            if heads < 1 or width % heads:
+                raise InputError(f"width {width} is not a multiple of heads {heads}")
+
+
+MODELS: dict[str, ModelConfig] = {
+    "irm_base": ModelConfig(),
+    "irm_tiny": ModelConfig(
+        name="irm_tiny",
+        image_size=(128, 64),
+        patch=8,
+        stem="conv",
+        width=128,
+        depth=4,
+        heads=4,
+        drop_path=0.0,
+        clothes_size=(32, 32),
+        picture_depth=1,
+        text_depth=1,
+        text_heads=4,
+        text_tokens=64,
+        instruction_width=128,
+        fusion_depth=1,
+        embed=128,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The recipes' options are these fields; `recipes/mtl.py --help` explains them."""
+
+    data: str = "data/mini-omnireid"
+    output: str = "runs/train"
+    model: ModelConfig = field(default_factory=lambda: MODELS["irm_tiny"])
+    tasks: tuple[str, ...] = tuple(TASKS)
+    datasets: tuple[str, ...] | None = None
+    steps: int = 24000
+    seed: int = 0
+    ids: int = 32
+    images_per_id: int = 4
+    window: int = 0  # micro-steps (one stream each) per optimiser step; 0 = one per stream
+    lr: float = 1e-5
+    lr_start: float = 1e-7
+    lr_new: float = 10.0  # multiplier for layers that no pre-training covers: heads, gates, instruction projections
+    warmup: int = 1000
+    weight_decay: float = 5e-4
+    clip: float = 5.0
+    margin: float = 0.3
+    mining: str = "all"
+    label_smoothing: float = 0.0
+    triplet_weight: float = 1.0
+    colour_jitter: float = 0.0
+    checkpoint_every: int = 1000
+    keep: int = 2
+    eval_every: int = 0
+    evaluate: bool = True
+    quick: bool = False
+    resume: bool = False
+    fused: bool = True
+    feature: str = "cls"
+    device: str = "auto"
+    workers: int = 2
+    save_features: bool = False
+    log_samples: bool = False
+    deepspeed: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, dict):
+            object.__setattr__(self, "model", ModelConfig(**self.model))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if self.datasets is not None:
+            object.__setattr__(self, "datasets", tuple(self.datasets))
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            raise InputError(f"--tasks {','.join(unknown) or '(none)'}: expected names among {', '.join(TASKS)}")
+        least = {"steps": 1, "ids": 2, "images_per_id": 1, "checkpoint_every": 1, "keep": 1, "workers": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
+        for name in ("seed", "window", "warmup", "eval_every", "weight_decay", "margin", "lr", "clip"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
+        if self.feature not in ("cls", "fout", "concat"):
+            raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"--device {self.device!r}: expected auto, cpu or cuda")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        return cls(**json.loads(text))
+
+    def but(self, **changes: Any) -> TrainConfig:
+        """A copy with these fields changed."""
+        return replace(self, **changes)
+
+
+def model_config(name: str, **changes: Any) -> ModelConfig:
+    """A named configuration or a JSON file of ModelConfig fields. InputError for an unknown name, key or value."""
+    if name in MODELS:
+        return replace(MODELS[name], **changes)
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"--config {name}: expected {', '.join(MODELS)} or a JSON file of model fields")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"--config {name}: not JSON ({error})") from error
+    known = {item.name for item in fields(ModelConfig)}
+    extra = sorted(set(values) - known)
+    if extra:
+        raise InputError(f"--config {name}: unknown fields {', '.join(extra)}; known: {', '.join(sorted(known))}")
+    return ModelConfig(**{"name": path.stem, **values, **changes})

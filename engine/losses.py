@@ -1,0 +1,83 @@
+"""Eq. 7 for the five image tasks and Eq. 8 for text-to-image search."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from engine.config import TrainConfig
+from engine.data.record import Batch
+from engine.model.instruction import Instruction
+from engine.model.irm import IRM, Features
+
+
+class TrainingModel(nn.Module):
+    """The model and its losses in one forward, as DeepSpeed wants it: batch -> (loss, terms).
+
+    streams: names in the order of Batch.stream; matching: whether each uses Eq. 8 (else Eq. 7).
+    """
+
+    def __init__(self, model: IRM, config: TrainConfig, streams: list[str], matching: list[bool]):
+        super().__init__()
+        self.model, self.config, self.streams, self.matching = model, config, streams, matching
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.matching[batch.stream]:
+            terms = matching_losses(self.model, batch)
+        else:
+            terms = identity_losses(self.model, batch, self.streams[batch.stream], self.config)
+        return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
+
+
+def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) -> dict[str, Tensor]:
+    """Eq. 7: adaptive triplet and identity loss on F and on F_out. The triplet sees unit vectors, so that its margin
+    means the same for every width and data set."""
+    features: Features = model(batch)
+    head = model.head(stream)
+    assert features.instruction is not None
+    assert features.fout is not None
+    assert head is not None
+    instructions = features.instruction.cls.float().expand(len(batch.images), -1)
+    terms = {}
+    for name, value in (("cls", features.cls), ("fout", features.fout)):
+        value = value.float()
+        triplet = kernels.adaptive_triplet(
+            F.normalize(value, dim=-1), batch.labels, instructions, margin=config.margin, mining=config.mining
+        )
+        assert isinstance(triplet, Tensor)
+        terms[f"triplet_{name}"] = config.triplet_weight * triplet
+        logits = head.classify[name](head.neck[name](value).to(value.dtype))
+        terms[f"id_{name}"] = F.cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+    return terms
+
+
+def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
+    """Eq. 8: contrastive loss on the projections, and matching loss on F_out of true and of the hardest wrong pairs."""
+    assert batch.text is not None
+    assert batch.text_lengths is not None
+    instruction = model.instruct.of_text(batch.text, batch.text_lengths)
+    seen = model.features(batch.images, None)
+    similarity = model.image_embedding(seen).float() @ model.text_embedding(instruction).float().mT
+    same = batch.labels[:, None] == batch.labels
+    contrastive = contrastive_loss(model.temperature(similarity), same)
+    wrong = similarity.detach().masked_fill(same, -torch.inf)
+    pairs = torch.arange(len(same), device=same.device)
+    pictures = torch.cat(
+        [pairs, pairs, wrong.argmax(0)]
+    )  # true pairs; each picture's and each text's hardest wrong pair
+    texts = torch.cat([pairs, wrong.argmax(1), pairs])
+    lengths = instruction.lengths
+    chosen = Instruction(instruction.tokens[texts], None if lengths is None else lengths[texts], instruction.cls[texts])
+    logits = model.match_scores(seen.tokens[pictures], chosen).float()
+    truth = (batch.labels[pictures] == batch.labels[texts]).long()
+    return {"contrastive": contrastive, "match": F.cross_entropy(logits, truth)}
+
+
+def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
+    """Symmetric image-text cross entropy; logits [B, B], same [B, B] bool: every pair of one identity is a positive."""
+    target = same.to(logits.dtype)
+    rows = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
+    columns = F.cross_entropy(logits.mT, (target / target.sum(0, keepdim=True)).mT)
+    return (rows + columns) / 2

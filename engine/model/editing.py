@@ -1,0 +1,130 @@
+"""Editing transformer E_e: a ViT whose every block also attends, through a gate, to the instruction (Eq. 1-4).
+
+Parameter names are timm's, so a ViT checkpoint loads unchanged; with all gates 0 (their initial value) the output is
+that ViT's. Shapes: B images, N tokens (class tokens first), M instruction tokens, H heads, D head dimension, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+import kernels
+
+
+class Attention(nn.Module):
+    """Self-attention of one block, with the gated second softmax over the instruction's keys and values."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, kv_ins: Tensor | None, gate: Tensor | None, lengths: Tensor | None) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
+        return self.proj(kernels.gated_attention_packed(qkv, kv_ins, gate, ins_lengths=lengths).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor, kv_ins: Tensor | None, gate: Tensor | None, lengths: Tensor | None) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), kv_ins, gate, lengths))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class ConvStem(nn.Module):
+    """Strided 3x3 convolutions down to one token per patch x patch pixels: learns faster than one large convolution."""
+
+    def __init__(self, size: tuple[int, int], patch: int, width: int):
+        super().__init__()
+        steps = patch.bit_length() - 1
+        widths = [3, *(width >> (steps - 1 - i) for i in range(steps))]
+        layers: list[nn.Module] = []
+        for i in range(steps):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1, bias=False)]
+            layers += [nn.GroupNorm(max(1, widths[i + 1] // 16), widths[i + 1]), nn.GELU()]
+        self.proj = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+        self.num_patches = (size[0] // patch) * (size[1] // patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).mT
+
+
+class EditingTransformer(nn.Module):
+    """images [B, 3, h, w] (+ instruction tokens) -> tokens [B, N, C].
+
+    instruction_width   features of the instruction's tokens; None: a plain ViT (the picture tower)
+    """
+
+    def __init__(
+        self,
+        *,
+        size: tuple[int, int],
+        patch: int,
+        stem: str,
+        width: int,
+        depth: int,
+        heads: int,
+        part_tokens: int = 0,
+        drop_path: float = 0.0,
+        instruction_width: int | None = None,
+    ):
+        super().__init__()
+        self.heads, self.class_tokens = heads, 1 + part_tokens
+        if stem == "conv":
+            self.patch_embed: nn.Module = ConvStem(size, patch, width)
+        else:
+            self.patch_embed = PatchEmbed(img_size=size, patch_size=patch, embed_dim=width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if part_tokens:
+            self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.class_tokens + self.patch_embed.num_patches, width))
+        rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        if instruction_width is not None:
+            self.kv_ins = nn.Linear(instruction_width, depth * 2 * width)  # K', V' of all layers in one product
+            self.gates = nn.Parameter(torch.zeros(depth, heads))
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def forward(self, images: Tensor, tokens_BMC: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """tokens_BMC: F_T [B, M, E], or [1, M, E] when one instruction serves the batch; lengths [B or 1] valid
+        tokens."""
+        x = self.patch_embed(images)
+        B = len(x)
+        starts = [self.cls_token.expand(B, -1, -1)]
+        if self.class_tokens > 1:
+            starts.append(self.part_tokens.expand(B, -1, -1))
+        x = torch.cat([*starts, x], 1) + self.pos_embed
+        kv_LBM2HD: list[Tensor | None] = [None] * len(self.blocks)
+        gates: list[Tensor | None] = [None] * len(self.blocks)
+        if tokens_BMC is not None:
+            T, M, _ = tokens_BMC.shape
+            kv = self.kv_ins(tokens_BMC).view(T, M, len(self.blocks), 2, self.heads, -1)
+            kv_LBM2HD = list(kv.expand(B, -1, -1, -1, -1, -1).unbind(2))
+            gates = list(self.gates.unbind(0))
+            lengths = None if lengths is None else lengths.expand(B)
+        for block, kv_ins, gate in zip(self.blocks, kv_LBM2HD, gates, strict=True):
+            x = block(x, kv_ins, gate, lengths)
+        return self.norm(x)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,106 @@
+"""Instruction encoder E_i: a BERT tower for sentences and a ViT tower for clothes pictures, one output width.
+
+Shapes: T instructions (one per image, or 1 for the whole batch), M tokens (CLS first), E = instruction width.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from engine.config import ModelConfig
+from engine.model.editing import EditingTransformer
+
+
+class Instruction(NamedTuple):
+    """F_T. tokens [T, M, E]; lengths [T] int64 valid tokens, None = all; cls [T, E]."""
+
+    tokens: Tensor
+    lengths: Tensor | None
+    cls: Tensor
+
+
+class InstructionEncoder(nn.Module):
+    """Sentences or clothes pictures -> Instruction."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int):
+        super().__init__()
+        width = config.instruction_width
+        self.text = BertModel(
+            BertConfig(
+                vocab_size=vocabulary,
+                hidden_size=width,
+                num_hidden_layers=config.text_depth,
+                num_attention_heads=config.text_heads,
+                intermediate_size=4 * width,
+                max_position_embeddings=512,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            ),
+            add_pooling_layer=False,
+        )
+        self.picture = EditingTransformer(
+            size=config.clothes_size,
+            patch=config.patch,
+            stem=config.stem,
+            width=width,
+            depth=config.picture_depth,
+            heads=config.text_heads,
+        )
+
+    def of_text(self, ids: Tensor, lengths: Tensor) -> Instruction:
+        """ids [T, L] int64, lengths [T] int64."""
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        tokens = self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return Instruction(tokens, lengths, tokens[:, 0])
+
+    def of_clothes(self, pictures: Tensor) -> Instruction:
+        """pictures [T, 3, h, w] float."""
+        tokens = self.picture(pictures)
+        return Instruction(tokens, None, tokens[:, 0])
+
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+def build_tokenizer(sentences: Iterable[str], words: int = 30000) -> Tokenizer:
+    """A WordPiece tokenizer over this corpus: its most frequent words whole, everything else by characters.
+
+    Deterministic (ties by spelling), so that every rank and every rerun has the same vocabulary.
+    """
+    count: collections.Counter[str] = collections.Counter()
+    normalize, split = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    for sentence in sentences:
+        count.update(word for word, _ in split.pre_tokenize_str(normalize.normalize_str(sentence)))
+    characters = sorted({character for word in count for character in word})
+    frequent = [word for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))][:words]
+    pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *frequent]))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalize, split
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    )
+    return tokenizer
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(file))
+
+
+def tokenize(tokenizer: Tokenizer, sentences: list[str], longest: int) -> tuple[Tensor, Tensor]:
+    """ids [T, L] int64 padded with 0 and lengths [T] int64; L = the longest of the batch, at most `longest`."""
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
+    rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+    return ids, lengths

@@ -1,0 +1,61 @@
+"""BNNeck: batch normalisation between the feature that the triplet loss shapes and the one that is classified.
+
+One neck per stream: the statistics of one data set never mix with another's. Training uses the statistics of the
+*global* batch (one all-reduce of sums, so CPU and GPU ranks agree); evaluation uses the running ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduced sum whose gradient is the all-reduced sum of gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        out = grad.clone()
+        dist.all_reduce(out)
+        return out
+
+
+class GlobalBatchNorm(nn.Module):
+    """x [B, C] -> [B, C], normalised per feature over the batches of all ranks. No bias (Luo et al. 2019)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return (x - self.running_mean) * (torch.rsqrt(self.running_var + self.eps) * self.weight)
+        x = x.float()
+        parallel = dist.is_initialized() and dist.get_world_size() > 1
+        count = x.new_tensor([len(x)])
+        total = torch.cat([x.sum(0), count])
+        if parallel:
+            total = _SumOverRanks.apply(total)
+        n = total[-1].detach()
+        mean = total[:-1] / n
+        squares = ((x - mean) ** 2).sum(0)  # around the mean: no cancellation
+        if parallel:
+            squares = _SumOverRanks.apply(squares)
+        var = squares / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
+        return (x - mean) * (torch.rsqrt(var + self.eps) * self.weight)

@@ -1,0 +1,42 @@
+"""Learning rate as a pure function of the step, and the optimiser's parameter groups."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from engine.config import TrainConfig
+
+# Parts that no pre-trained ViT or BERT covers start from nothing: they learn at lr * lr_new.
+NEW = ("heads.", "edit.gates", "edit.kv_ins", "fuse.", "match.", "project_", "temperature.")
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up from lr_start to lr over the first `warmup` steps, then a cosine down to lr / 100."""
+    if step < config.warmup:
+        return config.lr_start + (config.lr - config.lr_start) * step / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Four groups: new or pre-trained layer, with or without weight decay (none for vectors: gates, norms, biases).
+
+    `multiplier` scales the scheduled rate of the group.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            new = name.removeprefix("model.").startswith(NEW)
+            plain = parameter.ndim < 2 or name.endswith(("gates", "cls_token", "part_tokens", "pos_embed"))
+            groups.setdefault((new, plain), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.lr,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "multiplier": config.lr_new if new else 1.0,
+        }
+        for (new, plain), parameters in sorted(groups.items())
+    ]

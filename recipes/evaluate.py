@@ -1,0 +1,57 @@
+"""Every protocol of every data set found under --data, for a trained model: table and metrics.json.
+
+python recipes/evaluate.py --checkpoint runs/mtl-20260101-120000 --data DIR
+"""
+
+import json
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: the checkout's root, not recipes/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from engine.errors import InputError
+from recipes import options
+
+
+def main() -> None:
+    parser = options.Parser(description=str(__doc__), formatter_class=options.RawHelp, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint folder, or a run's --output folder")
+    add("--data", metavar="DIR", help=f"folder with the data sets (default: {options.MINI})")
+    add("--output", metavar="DIR", help="folder for metrics.json (default: runs/evaluate-TIME)")
+    add("--dataset", metavar="A,B", help="only these data sets (default: all found)")
+    options.add_tasks(parser)
+    add("--feature", choices=("cls", "fout", "concat"), help="what is compared (default: as in the checkpoint)")
+    add("--quick", action="store_true", help="one instruction sentence instead of 20, the first drawn gallery")
+    add("--save-features", action="store_true", help="write the test features to features.npz")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
+    args = parser.parse_args()
+    options.mini_data(args.data)
+
+    from engine.evaluation import evaluate
+    from engine.results import format_table
+    from engine.runtime import pick_device
+
+    output = Path(args.output or options.default_output("evaluate"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
+    metrics = evaluate(
+        args.checkpoint,
+        args.data or options.MINI,
+        datasets=tuple(args.dataset.split(",")) if args.dataset else None,
+        quick=args.quick,
+        feature=args.feature,
+        device=pick_device(args.device),
+        features_file=output / "features.npz" if args.save_features else None,
+        **({"tasks": tuple(args.tasks.split(","))} if args.tasks else {}),
+    )
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))

@@ -1,0 +1,185 @@
+"""Command-line options shared by the training recipes, and how every recipe ends on bad input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.config import TrainConfig, model_config
+from engine.errors import InputError
+from engine.tasks import TASKS
+
+MINI = Path("data/mini-omnireid")
+
+# Training defaults that belong to a model size. irm_base: the paper's Sec. 5.1 and the authors' scripts. irm_tiny: what
+# learns the drawn data from nothing in minutes on two CPU cores.
+PRESETS: dict[str, dict[str, Any]] = {
+    "irm_base": {"steps": 24000, "ids": 32, "lr": 1e-5, "lr_start": 1e-7, "warmup": 1000, "window": 0},
+    "irm_tiny": {
+        "steps": 300,
+        "ids": 16,
+        "lr": 1e-3,
+        "lr_start": 1e-4,
+        "lr_new": 1.0,
+        "warmup": 20,
+        "window": 3,
+        "checkpoint_every": 100,
+    },
+}
+
+
+RawHelp = argparse.RawDescriptionHelpFormatter
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and exit code 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def training_parser(description: str) -> Parser:
+    parser = Parser(description=description, formatter_class=RawHelp, allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", metavar="DIR", help=f"folder with the data sets (default: drawn mini data, made once in {MINI})")
+    add("--output", metavar="DIR", help="folder for everything the run writes (default: runs/RECIPE-TIME)")
+    add(
+        "--config",
+        metavar="NAME|FILE",
+        help="irm_tiny, irm_base or a JSON file (default: irm_tiny on the mini data, else irm_base)",
+    )
+    add("--steps", type=int, metavar="N", help="optimiser steps (default: 300 for irm_tiny, else 24000)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of weights, sampling and augmentation (default: 0)")
+    add("--resume", action="store_true", help="go on from the latest checkpoint in --output")
+    add("--ids", type=int, metavar="P", help="identities per batch over all ranks (default: 16 for irm_tiny, else 32)")
+    add("--images-per-id", type=int, metavar="K", help="images of each identity (default: 4)")
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="micro-steps (one stream each) per optimiser step; 0: one per stream (default: 3 for irm_tiny, else 0)",
+    )
+    add("--image-size", type=_size, metavar="HxW", help="pixels (default: 128x64 for irm_tiny, else 256x128)")
+    add("--lr", type=float, help="peak learning rate (default: 1e-3 for irm_tiny, else 1e-5)")
+    add("--warmup", type=int, metavar="N", help="steps of linear warm-up (default: 20 for irm_tiny, else 1000)")
+    add(
+        "--margin",
+        type=float,
+        help="margin of the adaptive triplet loss, squared distance of unit vectors (default: 0.3)",
+    )
+    add(
+        "--mining",
+        choices=("all", "hard"),
+        help="triplets: all of Eq. 5, or the hardest as the authors train (default: all)",
+    )
+    add(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="DeepSpeed settings, JSON (default: ZeRO 0; recipes/deepspeed/ has others)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), help="default: auto, a GPU where there is one")
+    add("--workers", type=int, metavar="N", help="decoding threads per rank (default: 2)")
+    add(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="steps between checkpoints (default: 100 for irm_tiny, else 1000)",
+    )
+    add("--keep", type=int, metavar="N", help="newest checkpoints kept (default: 2)")
+    add("--feature", choices=("cls", "fout", "concat"), help="what a test compares (default: cls)")
+    add(
+        "--quick",
+        action="store_true",
+        help="evaluate with one instruction sentence instead of 20 and the first drawn gallery",
+    )
+    add("--no-eval", action="store_true", help="train only")
+    add("--save-features", action="store_true", help="write the test features to features.npz")
+    add("--log-samples", action="store_true", help="write every rank's identities and images to samples.rankN.jsonl")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
+
+
+def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
+    """Options over the model's preset over the defaults. InputError for what does not fit."""
+    name = args.config or ("irm_base" if args.data else "irm_tiny")
+    model = model_config(name, **({"image_size": args.image_size} if args.image_size else {}))
+    values: dict[str, Any] = dict(PRESETS.get(name, PRESETS["irm_base"]))
+    given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
+    given += ["checkpoint_every", "keep", "feature"]
+    values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
+    for key in ("seed", "resume", "quick", "save_features", "log_samples"):
+        values[key] = getattr(args, key)
+    if args.deepspeed_config:
+        values["deepspeed"] = _json(args.deepspeed_config)
+    if getattr(args, "tasks", None):
+        values["tasks"] = tuple(args.tasks.split(","))
+    if getattr(args, "dataset", None):
+        values["datasets"] = tuple(args.dataset.split(","))
+    return TrainConfig(
+        model=model,
+        data=str(args.data or MINI),
+        output=str(args.output or default_output(recipe)),
+        evaluate=not args.no_eval,
+        **values,
+    )
+
+
+def add_tasks(parser: Parser) -> None:
+    parser.add_argument(
+        "--tasks", metavar="A,B", help=f"train and test only these tasks (default: all of {','.join(TASKS)})"
+    )
+
+
+def mini_data(data: str | None) -> None:
+    """Draw the mini data set when no folder was given and it is not there yet (under a lock: every rank may ask)."""
+    if data is None:
+        from engine.data.mini import write_mini
+
+        write_mini(MINI)
+
+
+def run(main: Callable[[], None]) -> int:
+    """Exit code of a recipe: 0, or 2 after one line that says what to mend. Rank 0 speaks; another rank only if its
+    trouble is its own, that is when the launcher has not ended it within seconds of rank 0's exit."""
+    try:
+        main()
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def is_real(data: str | Path) -> bool:
+    """Whether the folder is not the drawn data: only then do the paper's figures stand beside ours."""
+    return not (Path(data) / "mini.json").exists()
+
+
+def _json(file: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(file).read_text())
+    except OSError as error:
+        raise InputError(f"--deepspeed_config {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--deepspeed_config {file}: not JSON ({error})") from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def default_output(recipe: str) -> str:
+    """runs/RECIPE-TIME, with the launcher's start time, so that all ranks of a run name the same folder."""
+    started = os.stat(f"/proc/{os.getppid()}").st_mtime if "LOCAL_RANK" in os.environ else time.time()
+    return f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"

@@ -1,0 +1,34 @@
+"""Single-task training: one data set, any folder in its authors' layout.
+
+deepspeed recipes/stl.py --dataset market1501 --data DIR
+deepspeed recipes/stl.py --dataset ltcc --task ctcc --data DIR     # a data set that serves several tasks
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: the checkout's root, not recipes/, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from recipes import options
+
+
+def main() -> None:
+    parser = options.training_parser(str(__doc__))
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="data set to train and test")
+    parser.add_argument("--task", dest="tasks", metavar="NAME", help="task, where the data set serves several")
+    args = parser.parse_args()
+    config = options.training_config("stl", args)
+    options.mini_data(args.data)
+
+    from engine.results import format_table
+    from engine.training import train
+
+    metrics = train(config)
+    if metrics:
+        print(format_table(metrics, paper=options.is_real(config.data)))
+        print(f"written to {config.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))

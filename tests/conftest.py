@@ -1,0 +1,39 @@
+"""Fixtures: one small drawn data set for the whole test run, and a way to run a recipe as users do."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.data.mini import write_mini
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory) -> Path:
+    """All ten data sets, small: 12 training and 6 test identities each. Shared by parallel test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    output = folder / "mini"
+    write_mini(output, train_ids=12, test_ids=6, images_per_id=8)
+    return output
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*arguments: str | Path, ranks: int = 1, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`deepspeed [--num_gpus N] ARGUMENTS...` from the checkout, output captured as text."""
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    command = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(free_port()), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

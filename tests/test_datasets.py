@@ -1,0 +1,387 @@
+"""Every parser on a tree of a few empty files (parsers open no image), and on trees that are damaged."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from engine.data.datasets import DATASETS, synth_pedes
+from engine.data.record import SPLITS, Record
+from engine.errors import InputError
+from engine.tasks import TASKS
+
+BY_NAME = {dataset.name: dataset for dataset in DATASETS}
+
+
+def write(root: Path, tree: dict[str, object]) -> Path:
+    """Files of a tree: text as it is, anything else as JSON."""
+    for name, content in tree.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return root
+
+
+def images(*names: str) -> dict[str, object]:
+    return dict.fromkeys(names, "")
+
+
+TRAIN = "0000/0000_001_15_0303morning_0016_1.jpg"
+PEDES = {"split": "train", "captions": ["A man.", " In black. ", ""], "file_path": "Market/1 é_c1.jpg", "id": 7}
+CUHK03 = {
+    "train": [["/home/x/images_detected/1_001_1_01.png", 0, 0]],
+    "query": [["C:\\x\\1_003_2_08.png", 5, 1]],
+    "gallery": [["1_003_1_02.png", 5, 0]],
+}
+CUHK03_RECORDS = [
+    Record("images_detected/1_001_1_01.png", 0, 1, "train"),
+    Record("images_detected/1_003_2_08.png", 5, 2, "query"),
+    Record("images_detected/1_003_1_02.png", 5, 1, "gallery"),
+]
+CUHK03_IMAGES = images(*(record.path for record in CUHK03_RECORDS))
+
+TREES: dict[str, tuple[dict[str, object], list[Record]]] = {
+    "market1501": (
+        images(
+            "bounding_box_train/0007_c3s3_077419_03.jpg",
+            "bounding_box_train/0002_c1s1_000451_03.jpg",
+            "bounding_box_train/Thumbs.db",
+            "bounding_box_train/._0002_c1s1_000451_03.jpg",
+            "query/0001_c1s1_001051_00.jpg",
+            "bounding_box_test/-1_c1s1_000401_03.jpg",
+            "bounding_box_test/0000_c6s1_000151_01.jpg",
+            "bounding_box_test/0001_c2s1_000301_00.jpg",
+            "gt_bbox/0001_c1s1_001051_00.jpg",
+        ),
+        [
+            Record("bounding_box_train/0002_c1s1_000451_03.jpg", 2, 1, "train"),
+            Record("bounding_box_train/0007_c3s3_077419_03.jpg", 7, 3, "train"),
+            Record("query/0001_c1s1_001051_00.jpg", 1, 1, "query"),
+            Record("bounding_box_test/0000_c6s1_000151_01.jpg", 0, 6, "gallery"),
+            Record("bounding_box_test/0001_c2s1_000301_00.jpg", 1, 2, "gallery"),
+        ],
+    ),
+    "msmt17": (
+        {
+            **images("train/0000/0000_001_15_0303morning_0016_1.jpg", "train/0000/0000_000_01_0303morning_0015_0.jpg"),
+            **images("train/0001/0001_000_02_0303noon_0000_0.jpg", "test/0000/0000_000_05_0303noon_0001_0.jpg"),
+            **images("test/0000/0000_001_06_0303noon_0001_0.jpg", "test/0000/0000_002_06_not_listed_0.jpg"),
+            "list_train.txt": f"{TRAIN} 0\r\n\n0000/0000_000_01_0303morning_0015_0.jpg 0",
+            "list_val.txt": "\ufeff0001/0001_000_02_0303noon_0000_0.jpg 1\n",
+            "list_query.txt": "0000/0000_000_05_0303noon_0001_0.jpg 0\n",
+            "list_gallery.txt": "./0000/0000_001_06_0303noon_0001_0.jpg\t0\n",
+        },
+        [
+            Record("train/0000/0000_000_01_0303morning_0015_0.jpg", 0, 1, "train"),
+            Record("train/0000/0000_001_15_0303morning_0016_1.jpg", 0, 15, "train"),
+            Record("train/0001/0001_000_02_0303noon_0000_0.jpg", 1, 2, "val"),
+            Record("test/0000/0000_000_05_0303noon_0001_0.jpg", 0, 5, "query"),
+            Record("test/0000/0000_001_06_0303noon_0001_0.jpg", 0, 6, "gallery"),
+        ],
+    ),
+    "cuhk03": ({**CUHK03_IMAGES, "splits_new_detected.json": [CUHK03]}, CUHK03_RECORDS),
+    "prcc": (
+        images(
+            "rgb/train/001/A_cropped_rgb001.jpg",
+            "rgb/train/001/C_cropped_rgb002.jpg",
+            "rgb/train/.DS_Store",
+            "rgb/train/__MACOSX/x.jpg",
+            "rgb/val/001/B_cropped_rgb003.jpg",
+            "rgb/test/A/005/cropped_rgb001.jpg",
+            "rgb/test/A/005/Thumbs.db",
+            "rgb/test/B/005/cropped_rgb010.jpg",
+            "rgb/test/C/005/cropped_rgb002.jpg",
+            "sketch/train/001/A.jpg",
+        ),
+        [
+            Record("rgb/train/001/A_cropped_rgb001.jpg", 1, 0, "train", "1"),
+            Record("rgb/train/001/C_cropped_rgb002.jpg", 1, 2, "train", "1C"),
+            Record("rgb/val/001/B_cropped_rgb003.jpg", 1, 1, "val", "1"),
+            Record("rgb/test/A/005/cropped_rgb001.jpg", 5, 0, "test", "5"),
+            Record("rgb/test/B/005/cropped_rgb010.jpg", 5, 1, "test", "5"),
+            Record("rgb/test/C/005/cropped_rgb002.jpg", 5, 2, "test", "5C"),
+        ],
+    ),
+    "vc_clothes": (
+        images("train/0001-04-03-01.jpg", "train/desktop.ini", "query/0227-02-01-05.jpg", "gallery/0227-03-02-11.jpg"),
+        [
+            Record("train/0001-04-03-01.jpg", 1, 4, "train", "1-3"),
+            Record("query/0227-02-01-05.jpg", 227, 2, "query", "227-1"),
+            Record("gallery/0227-03-02-11.jpg", 227, 3, "gallery", "227-2"),
+        ],
+    ),
+    "ltcc": (
+        images(
+            "train/000_1_c10_015833.png",
+            "train/000_2_c1_015834.png",
+            "clothes/train/000_1_c10_015833.png",
+            "query/094_1_c9_015897.png",
+            "test/094_2_c12_000001.png",
+            "info/cloth-change_id_test.txt",
+        ),
+        [
+            Record(
+                "train/000_1_c10_015833.png", 0, 10, "train", "0-1", "vis", (), "clothes/train/000_1_c10_015833.png"
+            ),
+            Record("train/000_2_c1_015834.png", 0, 1, "train", "0-2"),
+            Record("query/094_1_c9_015897.png", 94, 9, "query", "94-1"),
+            Record("test/094_2_c12_000001.png", 94, 12, "gallery", "94-2"),
+        ],
+    ),
+    "llcm": (
+        {
+            **images("vis/0001/0001_c01_s1_f2_vis.jpg", "nir/0001/0001_c09_s1_f2_nir.jpg"),
+            **images("test_vis/cam1/0004/0004_c01_s1_f2_vis.jpg", "test_vis/cam2/0002/0002_c02_s1_f9_vis.jpg"),
+            **images("test_vis/cam2/0003/0003_c02_s1_f9_vis.jpg", "test_nir/cam1/0002/0002_c01_s1_f1_nir.jpg"),
+            **images("test_nir/cam1/0002/Thumbs.db", "test_nir/cam3/.keep"),
+            "idx/train_vis.txt": "vis/0001/0001_c01_s1_f2_vis.jpg 0\n",
+            "idx/train_nir.txt": "nir/0001/0001_c09_s1_f2_nir.jpg 0\n",
+            "idx/test_id.txt": "4, 2\n",
+        },
+        [
+            Record("vis/0001/0001_c01_s1_f2_vis.jpg", 0, 1, "train"),
+            Record("nir/0001/0001_c09_s1_f2_nir.jpg", 0, 9, "train", modality="nir"),
+            Record("test_vis/cam1/0004/0004_c01_s1_f2_vis.jpg", 4, 1, "test"),
+            Record("test_vis/cam2/0002/0002_c02_s1_f9_vis.jpg", 2, 2, "test"),
+            Record("test_nir/cam1/0002/0002_c01_s1_f1_nir.jpg", 2, 1, "test", modality="nir"),
+        ],
+    ),
+    "cuhk_pedes": (
+        {
+            **images("imgs/Market/1 é_c1.jpg", "imgs/test_query/p_2.png", "imgs/cam_a/000_01.bmp"),
+            "reid_raw.json": [
+                {**PEDES, "split": "test", "file_path": "cam_a/000_01.bmp", "captions": ["A woman."], "id": 9},
+                {**PEDES, "split": "val", "file_path": "test_query/p_2.png", "id": 8},
+                PEDES,
+            ],
+        },
+        [
+            Record("imgs/Market/1 é_c1.jpg", 7, 0, "train", captions=("A man.", "In black.")),
+            Record("imgs/test_query/p_2.png", 8, 0, "val", captions=("A man.", "In black.")),
+            Record("imgs/cam_a/000_01.bmp", 9, 0, "test", captions=("A woman.",)),
+        ],
+    ),
+    "synth_pedes": (
+        {
+            **images("Part1/1/0.jpg", "Part11/312321/3.jpg"),
+            "synthpedes_dataset.json": [
+                {"id": 1, "file_path": "Part1/1/0.jpg", "attributes": [], "captions": ["One.", "Two."]},
+                {"id": "312321", "file_path": "Part11/312321/3.jpg", "captions": ["Three."], "prompt_caption": ["x"]},
+            ],
+        },
+        [
+            Record("Part1/1/0.jpg", 1, 0, "train", captions=("One.", "Two.")),
+            Record("Part11/312321/3.jpg", 312321, 0, "train", captions=("Three.",)),
+        ],
+    ),
+    "cocas": (
+        {
+            **images("real1/images/b.jpg", "real1/images/a.jpg", "real1/templates/t1.jpg"),
+            **images("Real2/images/q.jpg", "Real2/images/g.jpg", "Real2/templates/t 9.jpg", "Real2/crops/g.jpg"),
+            "real1/train.txt": "images/b.jpg,templates/t1.jpg, 1,1,2\nimages/a.jpg templates/t1.jpg 1 1\n",
+            "real1/datalist/train_attr.txt": "images/b.jpg k1 1 1\n",
+            "real1/datalist/runner_real1_v1_gpt.json": {"k1": "a red coat"},
+            "Real2/query.txt": "q.jpg\tt 9.jpg\t1\t9\t3\n",
+            "Real2/gallery.txt": "images/g.jpg 1 8 4\n",
+            "Real2/datalist/gallery.txt": "images/g.jpg crops/g.jpg 1 8 4\n",
+            "Real2/datalist/query_attr.txt": "images/q.jpg k2 1 9 3\nimages/q.jpg k3 1 9 3\n",
+            "Real2/datalist/runner_real2.json": {"k2": "black trousers", "k3": ["a hat"]},
+        },
+        [
+            Record("real1/images/a.jpg", 1, 0, "train", "1-1", clothes_picture="real1/templates/t1.jpg"),
+            Record("real1/images/b.jpg", 1, 2, "train", "1-1", "vis", ("a red coat",), "real1/templates/t1.jpg"),
+            Record(
+                "Real2/images/q.jpg",
+                1,
+                3,
+                "query",
+                "1-9",
+                "vis",
+                ("black trousers", "a hat"),
+                "Real2/templates/t 9.jpg",
+            ),
+            Record("Real2/images/g.jpg", 1, 4, "gallery", "1-8", clothes_picture="Real2/crops/g.jpg"),
+        ],
+    ),
+}
+
+
+def parse(name: str, root: Path) -> list[Record]:
+    return list(BY_NAME[name].parse(root))
+
+
+def test_table_order_and_names():
+    order = "market1501 msmt17 cuhk03 prcc vc_clothes ltcc llcm cuhk_pedes synth_pedes cocas"
+    assert [dataset.name for dataset in DATASETS] == order.split()
+    assert list(TREES) == order.split()
+    for dataset in DATASETS:
+        assert set(dataset.trains) | set(dataset.protocols) <= set(TASKS)
+        assert set(dataset.images) <= set(SPLITS)
+
+
+def test_published_training_images_sum_to_table_9():
+    left_out = (9_576 - 9_423) + (34_054 - 28_566)  # LTCC and CUHK-PEDES images the paper does not train on
+    assert sum(dataset.images["train"] for dataset in DATASETS) - left_out == 4_973_044
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_exact_records(name, tmp_path):
+    tree, expected = TREES[name]
+    assert parse(name, write(tmp_path, tree)) == expected
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_empty_folder(name, tmp_path):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        parse(name, tmp_path)
+
+
+def rejects(name: str, tmp_path: Path, change: dict[str, object | None], message: str) -> None:
+    """The tree of `name` with files changed (None: removed) is refused with this message."""
+    root = write(tmp_path, {**TREES[name][0], **{file: text for file, text in change.items() if text is not None}})
+    for file in (file for file, text in change.items() if text is None):
+        (root / file).unlink()
+    with pytest.raises(InputError) as caught:
+        parse(name, root)
+    assert message in str(caught.value).replace(f"{root}/", "")
+    assert "\n" not in str(caught.value)
+
+
+DAMAGE = [
+    ("market1501", {"query/0001_c1s1_001051_00.jpg": None}, "query: no image named like 0002_c1s1_000451_03.jpg"),
+    ("msmt17", {"list_val.txt": None}, "list_val.txt: no such file; unpack"),
+    ("msmt17", {f"train/{TRAIN}": None}, f"list_train.txt:1: lists train/{TRAIN}, which is not in"),
+    ("msmt17", {"list_train.txt": f"\n{TRAIN} x"}, "list_train.txt:2: expected a whole number, got 'x'"),
+    ("msmt17", {"list_train.txt": f"{TRAIN}"}, "list_train.txt:1: expected 'path number'"),
+    ("msmt17", {"list_train.txt": f"{TRAIN} -1"}, "list_train.txt:1: expected a whole number, got '-1'"),
+    ("cuhk03", {"splits_new_detected.json": None}, "neither splits_new_detected.json nor cuhk03_new_protocol"),
+    ("cuhk03", {"splits_new_detected.json": "[{\n]"}, "splits_new_detected.json:2: not JSON"),
+    ("cuhk03", {"splits_new_detected.json": [{}]}, "splits_new_detected.json: expected [{'train': [[path, pid"),
+    (
+        "cuhk03",
+        {CUHK03_RECORDS[1].path: None},
+        "splits_new_detected.json: query[0]: lists images_detected/1_003_2_08.png",
+    ),
+    ("prcc", {"rgb/test/C/005/cropped_rgb002.jpg": None}, "rgb/test/C/005: no image named like cropped_rgb001.jpg"),
+    ("llcm", {"idx/test_id.txt": "4,two"}, "idx/test_id.txt:1: expected a whole number, got 'two'"),
+    ("llcm", {"idx/test_id.txt": "\n"}, "idx/test_id.txt: empty"),
+    ("llcm", {"idx/test_id.txt": "8"}, "test_vis: no image of the identities in idx/test_id.txt"),
+    ("llcm", {"idx/train_nir.txt": "nir/9.jpg 0"}, "idx/train_nir.txt:1: lists nir/9.jpg"),
+    ("cuhk_pedes", {"reid_raw.json": None}, "reid_raw.json: no such file"),
+    ("cuhk_pedes", {"reid_raw.json": [PEDES, {"split": "val"}]}, "reid_raw.json: entry 1: no 'file_path'"),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "split": "all"}]}, "reid_raw.json: entry 0: split is one of"),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "captions": 3}]}, "reid_raw.json: entry 0: expected a sentence"),
+    ("cuhk_pedes", {"reid_raw.json": [{"id": 1}]}, "reid_raw.json: no 'split', and 1 entries instead of the 40,206"),
+    ("synth_pedes", {"Part1/1/0.jpg": None}, "synthpedes_dataset.json: entry 0: lists Part1/1/0.jpg"),
+    ("synth_pedes", {"synthpedes_dataset.json": "[{}]"}, "synthpedes_dataset.json: entry 0: expected {id, file_path"),
+    (
+        "cocas",
+        {"real1/train.txt": "images/a.jpg templates/t1.jpg 1"},
+        "real1/train.txt:1: expected 'image template pid",
+    ),
+    ("cocas", {"real1/train.txt": "images/a.jpg t1.jpg 1 x"}, "real1/train.txt:1: expected a whole number, got 'x'"),
+    ("cocas", {"real1/templates/t1.jpg": None}, "real1/train.txt:1: lists real1/templates/t1.jpg"),
+    ("cocas", {"real1/datalist/train_attr.txt": "images/b.jpg zz 1 1"}, "train_attr.txt:1: no sentence for 'zz'"),
+    ("cocas", {"real1/datalist/train_attr.txt": "images/b.jpg k1 1 7"}, "train_attr.txt:1: no line agrees with"),
+    ("cocas", {"Real2/gallery.txt": None, "Real2/datalist/gallery.txt": None}, "Real2: no list of gallery images"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"), DAMAGE, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(DAMAGE)]
+)
+def test_damaged_tree_names_place_and_mend(name, change, message, tmp_path):
+    rejects(name, tmp_path, change, message)
+
+
+def test_list_that_is_not_utf8(tmp_path):
+    root = write(tmp_path, TREES["msmt17"][0])
+    (root / "list_train.txt").write_bytes(b"caf\xe9.jpg 0")
+    with pytest.raises(InputError, match=r"list_train\.txt: not UTF-8"):
+        parse("msmt17", root)
+
+
+def test_msmt17_paths_may_hold_spaces(tmp_path):
+    odd = "0000/0000_001_15_0303 früh_0016_1.jpg"
+    change = {**images(f"train/{odd}"), "list_train.txt": f"{odd} 0\n"}
+    records = parse("msmt17", write(tmp_path, {**TREES["msmt17"][0], **change}))
+    assert records[0] == Record(f"train/{odd}", 0, 15, "train")
+
+
+def test_msmt17_v2_is_refused(tmp_path):
+    (tmp_path / "mask_train_v2").mkdir()
+    with pytest.raises(InputError, match="MSMT17_V2"):
+        parse("msmt17", tmp_path)
+
+
+def test_cuhk03_from_matlab_file(tmp_path):
+    names = np.array([["1_001_1_01.png"], ["1_003_2_08.png"], ["1_003_1_02.png"]], dtype=object)
+    table = {"filelist": names, "labels": np.array([[0], [5], [5]]), "camId": np.array([[1], [2], [1]])}
+    indices = {"train_idx": np.array([[1]]), "query_idx": np.array([[2]]), "gallery_idx": np.array([[3]])}
+    root = write(tmp_path, CUHK03_IMAGES)
+    savemat(root / "cuhk03_new_protocol_config_detected.mat", {**table, **indices})
+    assert parse("cuhk03", root) == CUHK03_RECORDS
+
+
+def test_cuhk03_raw_file_says_extract_first(tmp_path):
+    write(tmp_path, {"cuhk03_release/cuhk-03.mat": ""})
+    with pytest.raises(InputError, match=r"extract .*cuhk-03\.mat first \(expected images_detected"):
+        parse("cuhk03", tmp_path)
+
+
+def test_cuhk_pedes_without_splits_goes_by_order(tmp_path):
+    entries = [{"file_path": f"Market/{i:05d}.jpg", "captions": ["A man."], "id": i} for i in range(40_206)]
+    (tmp_path / "imgs/Market").mkdir(parents=True)
+    for entry in entries:
+        (tmp_path / "imgs" / str(entry["file_path"])).touch()
+    records = parse("cuhk_pedes", write(tmp_path, {"caption_all.json": entries}))
+    firsts = {
+        split: next(record.pid for record in records if record.split == split) for split in ("train", "val", "test")
+    }
+    assert firsts == {"train": 0, "val": 34_054, "test": 37_132}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_json_stream_at_any_chunk(indent, chunk, tmp_path, monkeypatch):
+    entries = [{"id": i, "captions": ["[}, é" * i]} for i in range(40)]
+    monkeypatch.setattr(synth_pedes, "CHUNK", max(chunk, 400))
+    monkeypatch.setattr(synth_pedes, "ENTRY", 400)
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(entries, indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert list(synth_pedes.stream(file)) == entries
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[", "[1", "[1,", "[1 2]", "[1,2", ",1]", "[]"])
+def test_json_stream_damaged(text, tmp_path):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(InputError, match=r"list\.json: damaged after entry \d"):
+        list(synth_pedes.stream(tmp_path / "list.json"))
+
+
+def test_cocas_from_datalists_alone(tmp_path):
+    tree = {file: text for file, text in TREES["cocas"][0].items() if Path(file).name not in ("train.txt", "query.txt")}
+    del tree["Real2/gallery.txt"]
+    tree["Real2/datalist/gallery_attr.txt"] = "images/g.jpg k2 1 8\n"
+    assert parse("cocas", write(tmp_path, tree)) == [
+        Record("real1/images/b.jpg", 1, 0, "train", "1-1", captions=("a red coat",)),
+        Record("Real2/images/q.jpg", 1, 3, "query", "1-9", captions=("black trousers", "a hat")),
+        Record("Real2/images/g.jpg", 1, 4, "gallery", "1-8", "vis", ("black trousers",), "Real2/crops/g.jpg"),
+    ]
+
+
+def test_cocas_without_cameras_shares_none(tmp_path):
+    tree = images("real2/q.jpg", "real2/g.jpg", "real2/t.jpg")
+    lists = {"real2/datalist/query.txt": "q.jpg t.jpg 1 1\n", "real2/datalist/gallery.txt": "g.jpg t.jpg 1 1\n"}
+    assert [record.camera for record in parse("cocas", write(tmp_path, tree | lists))] == [-1, -2]
+
+
+def test_cuhk03_damaged_matlab_file(tmp_path):
+    file = write(tmp_path, CUHK03_IMAGES) / "cuhk03_new_protocol_config_detected.mat"
+    for content in (b"", b"no matlab file" * 20):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"config_detected\.mat: cannot read train_idx"):
+            parse("cuhk03", tmp_path)

@@ -1,0 +1,176 @@
+"""The model: a pre-trained ViT at step 0, blind to padding, the same in training and evaluation statistics."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from engine.config import MODELS, ModelConfig
+from engine.data.record import Batch
+from engine.model.editing import EditingTransformer
+from engine.model.fusion import Fusion
+from engine.model.instruction import Instruction, build_tokenizer, tokenize
+from engine.model.irm import IRM
+from engine.model.neck import GlobalBatchNorm
+
+TINY = MODELS["irm_tiny"]
+
+
+def vit(size=(64, 32), **options):
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=size, patch_size=16, embed_dim=48, depth=3, num_heads=3, num_classes=0, **options
+    )
+
+
+def editing(size=(64, 32), **options) -> EditingTransformer:
+    return EditingTransformer(
+        size=size, patch=16, stem="patch", width=48, depth=3, heads=3, instruction_width=40, **options
+    )
+
+
+def test_with_gate_zero_it_is_timms_vit():
+    torch.manual_seed(0)
+    theirs, ours = vit().eval(), editing().eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    report = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert report.unexpected_keys == []
+    assert set(report.missing_keys) == {"gates", "kv_ins.weight", "kv_ins.bias"}
+    images, words = torch.randn(4, 3, 64, 32), torch.randn(4, 7, 40)
+    want = theirs.forward_features(images)
+    torch.testing.assert_close(ours(images), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours(images, words, torch.tensor([7, 3, 0, 1])), ours(images))
+    torch.nn.init.constant_(ours.gates, 0.5)
+    assert (ours(images, words) - want).abs().max() > 0.01
+
+
+def test_the_gate_can_open():
+    model = editing()
+    model(torch.randn(2, 3, 64, 32), torch.randn(1, 7, 40)).square().sum().backward()
+    assert (model.gates.grad != 0).all()
+    assert (model.kv_ins.weight.grad == 0).all()
+
+
+def test_part_tokens_and_one_instruction_for_the_batch():
+    model = editing(part_tokens=3)
+    torch.nn.init.normal_(model.gates)
+    images, words = torch.randn(4, 3, 64, 32), torch.randn(1, 7, 40)
+    assert model(images).shape == (4, 1 + 3 + 8, 48)
+    torch.testing.assert_close(model(images, words), model(images, words.expand(4, -1, -1)))
+
+
+def test_irm_base_fits_a_vit_base_checkpoint():
+    with torch.device("meta"):
+        theirs = timm.models.vision_transformer.VisionTransformer(img_size=(256, 128), num_classes=0)
+        ours = IRM(MODELS["irm_base"], 30522, {"trad/market1501": 751})
+    shapes = {name: tensor.shape for name, tensor in ours.edit.state_dict().items()}
+    for name, tensor in theirs.state_dict().items():
+        assert shapes[name] == tensor.shape
+
+
+@pytest.fixture
+def irm() -> IRM:
+    torch.manual_seed(0)
+    model = IRM(TINY, 50, {"trad/a": 5, "ctcc/b": 4}).eval()
+    torch.nn.init.normal_(model.edit.gates)
+    return model
+
+
+def test_padding_changes_nothing(irm):
+    images = torch.randn(3, 3, *TINY.image_size)
+    words, lengths = torch.randint(4, 50, (3, 9)), torch.tensor([9, 4, 2])
+    longer = torch.cat([words, torch.randint(4, 50, (3, 6))], 1)
+    for row, length in enumerate(lengths):
+        longer[row, length:] = torch.randint(4, 50, (15 - int(length),))
+    a = irm.features(images, irm.instruct.of_text(words, lengths))
+    b = irm.features(images, irm.instruct.of_text(longer, lengths))
+    torch.testing.assert_close(a.cls, b.cls, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.fout, b.fout, rtol=1e-5, atol=1e-5)
+
+
+def test_fusion_looks_at_valid_tokens_only():
+    fusion = Fusion(32, 2, 4, 24).eval()
+    image, words = torch.randn(2, 5, 32), torch.randn(2, 6, 24)
+    changed = words.clone()
+    changed[0, 4:] = 99.0
+    lengths = torch.tensor([4, 6])
+    out = [fusion(image, Instruction(t, lengths, t[:, 0])) for t in (words, changed)]
+    torch.testing.assert_close(out[0], out[1])
+    changed[1, 5] = 99.0
+    assert not torch.allclose(fusion(image, Instruction(changed, lengths, changed[:, 0]))[1], out[0][1])
+
+
+def test_every_kind_of_batch(irm):
+    images, labels = torch.randn(4, 3, *TINY.image_size), torch.tensor([0, 0, 1, 1])
+    sentence = Batch(0, images, labels, torch.randint(4, 50, (1, 6)), torch.tensor([6]), None)
+    pictures = Batch(1, images, labels, None, None, torch.randn(4, 3, *TINY.clothes_size))
+    for batch in (sentence, pictures):
+        features = irm(batch)
+        assert features.cls.shape == (4, TINY.width)
+        assert features.fout.shape == (4, 2 * TINY.width)
+        for kind, size in (("cls", 1), ("fout", 2), ("concat", 3)):
+            value = irm.test_feature(features, "trad/a", kind)
+            assert value.shape == (4, size * TINY.width)
+            torch.testing.assert_close(value.norm(dim=1), torch.ones(4))
+    alone = irm(Batch(0, images, labels, None, None, None))
+    assert alone.fout is None
+
+
+def test_batch_norm_statistics_agree_with_torch():
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm(6), torch.nn.BatchNorm1d(6)
+    for _ in range(3):
+        x = torch.randn(10, 6) * 3 + 2
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        torch.testing.assert_close(ours(a), theirs(b))
+        grads = [torch.autograd.grad(layer(t).sin().sum(), t)[0] for layer, t in ((ours, a), (theirs, b))]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_after_many_steps_of_one_stream_training_and_evaluation_agree():
+    norm = GlobalBatchNorm(4)
+    x = torch.randn(64, 4) * torch.tensor([1.0, 5.0, 0.1, 2.0]) + 3
+    for _ in range(200):
+        norm(x)
+    expected = norm(x)
+    assert (norm.eval()(x) - expected).abs().max() < 0.05  # n / (n - 1) in the running variance
+
+
+def test_streams_keep_their_own_statistics(irm):
+    irm.train()
+    irm.head("trad/a").neck["cls"](torch.randn(8, TINY.width) + 5)
+    assert irm.head("trad/a").neck["cls"].running_mean.mean() > 0.4
+    assert (irm.head("ctcc/b").neck["cls"].running_mean == 0).all()
+    assert irm.head("vi/unknown") is None
+
+
+def test_tokenizer_is_bert_like_and_deterministic(tmp_path):
+    corpus = ["A man in a blue coat.", "a woman in blue trousers"]
+    tokenizer = build_tokenizer(corpus)
+    assert tokenizer.to_str() == build_tokenizer(list(reversed(corpus))).to_str()
+    encoded = tokenizer.encode("Blue coatman!")
+    assert encoded.tokens[:2] == ["[CLS]", "blue"]
+    assert encoded.tokens[-1] == "[SEP]"
+    assert "".join(token.removeprefix("##") for token in encoded.tokens[2:-2]) == "coatman"
+    ids, lengths = tokenize(tokenizer, ["a blue coat", "a " * 50], longest=8)
+    assert ids.shape == (2, 8)
+    assert lengths.tolist() == [5, 8]
+    assert ids[1, -1] == tokenizer.token_to_id("[SEP]")
+    assert (ids[0, 5:] == 0).all()
+
+
+def test_sizes_are_checked():
+    from engine.errors import InputError
+
+    for change in ({"image_size": (250, 128)}, {"stem": "dense"}, {"heads": 5}):
+        with pytest.raises(InputError):
+            ModelConfig(**change)
+
+
+def test_test_features_rank_by_direction(irm):
+    features = irm.features(torch.randn(4, 3, *TINY.image_size), None)
+    value = irm.test_feature(features, "vi/unknown", "cls")
+    torch.testing.assert_close(value, F.normalize(features.cls, dim=-1))

@@ -1,0 +1,190 @@
+"""Sampling is a pure function: coverage, disjointness, independence of rank count, resumption."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine.data.sampler import ROUNDS, Sampler, Stream, make_streams, permute
+from engine.errors import InputError
+from engine.tasks import TASKS
+
+
+def stream(identities=24, images=(5, 6, 7), task="trad", number=0, infrared=0):
+    """A stream whose row numbers tell the label: row = label * 100 + image."""
+    counts = [images[label % len(images)] for label in range(identities)]
+    rows = np.concatenate([label * 100 + np.arange(count) for label, count in enumerate(counts)])
+    modality = np.zeros(identities * 100, dtype=np.int8)
+    for label, count in enumerate(counts):
+        modality[label * 100 + count - infrared : label * 100 + count] = 1
+    index = SimpleNamespace(name="drawn", modality=modality)
+    return Stream(number, TASKS[task], index, rows, np.append(0, np.cumsum(counts)))
+
+
+def sampler(streams, world=1, ids=16, images_per_id=4, seed=3):
+    return Sampler(tuple(streams), seed=seed, ids=ids, images_per_id=images_per_id, world=world)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 24, 77, 150, 751, 10_000])
+def test_permute_is_a_permutation(n):
+    keys = np.random.default_rng(n).integers(1 << 32, size=ROUNDS, dtype=np.uint64)
+    assert np.array_equal(np.sort(permute(np.arange(n), n, keys)), np.arange(n))
+    if n > 20:
+        assert not np.array_equal(permute(np.arange(n), n, keys), np.arange(n))
+        other = permute(np.arange(n), n, keys + np.uint64(1))
+        assert np.mean(other == permute(np.arange(n), n, keys)) < 0.2
+
+
+@pytest.mark.parametrize("identities", [24, 77, 150, 751])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_an_epoch_visits_every_identity_once(identities, world):
+    one = sampler([stream(identities)], world)
+    P = one.batches[0][0]
+    assert P % world == 0
+    batches = -(-identities // P)
+    for epoch in (0, 1):
+        drawn = [one.identities(one.streams[0], epoch * batches + batch) for batch in range(batches)]
+        for labels in drawn:
+            assert len(set(labels.tolist())) == P  # no identity twice in a batch, the filled one included
+        visited = np.concatenate(drawn)[:identities]  # what follows fills the last batch from the next epoch
+        assert np.array_equal(np.sort(visited), np.arange(identities))
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_share_the_same_global_batch(world):
+    streams = [stream(24), stream(32, task="ctcc", number=1)]
+    alone, together = sampler(streams), sampler(streams, world)
+    assert alone.batches == together.batches
+    for step in range(12):
+        whole = alone.sample(step)
+        parts = [together.sample(step, rank) for rank in range(world)]
+        assert {part.stream.name for part in parts} == {whole.stream.name}
+        assert {part.sentence for part in parts} == {whole.sentence}
+        for name in ("rows", "labels", "instruction_rows", "choice"):
+            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+        for i in range(4):
+            both = np.concatenate([part.augmentation[i] for part in parts])
+            assert np.array_equal(both, whole.augmentation[i])
+        sets = [set(part.labels.tolist()) for part in parts]
+        assert sum(map(len, sets)) == len(set.union(*sets))
+
+
+def test_a_step_does_not_depend_on_those_before():
+    streams = [stream(77), stream(24, number=1)]
+    straight = sampler(streams)
+    before = [straight.sample(step) for step in range(20)]
+    for step in (19, 3, 11):
+        again = sampler(streams).sample(step)
+        assert np.array_equal(again.rows, before[step].rows)
+        assert np.array_equal(again.augmentation.erase, before[step].augmentation.erase)
+    other = sampler(streams, seed=4).sample(3)
+    assert not np.array_equal(other.rows, before[3].rows)
+
+
+def test_every_stream_once_per_cycle():
+    streams = [stream(24, number=i) for i in range(5)]
+    one = sampler(streams)
+    for cycle in range(6):
+        located = [one.locate(cycle * 5 + place) for place in range(5)]
+        assert {item.number for item, _ in located} == set(range(5))
+        assert {occurrence for _, occurrence in located} == {cycle}
+
+
+def test_rows_belong_to_labels_and_do_not_repeat():
+    one = sampler([stream(24, images=(5, 2))])
+    for step in range(6):
+        drawn = one.sample(step)
+        assert np.array_equal(drawn.rows // 100, drawn.labels)
+        for label in set(drawn.labels.tolist()):
+            rows = drawn.rows[drawn.labels == label]
+            assert len(set(rows.tolist())) == (4 if label % 2 == 0 else 2)  # repeats only where there are too few
+
+
+def test_both_modalities_of_each_identity():
+    one = sampler([stream(24, images=(6, 7), task="vi", infrared=3)])
+    drawn = one.sample(0)
+    infrared = one.streams[0].index.modality[drawn.rows].reshape(-1, 4)
+    assert (infrared.sum(1) == 2).all()
+
+
+def test_half_of_the_images_ask_for_the_clothes_of_the_other_half():
+    drawn = sampler([stream(24, task="li")]).sample(0)
+    rows, asked = drawn.rows.reshape(-1, 4), drawn.instruction_rows.reshape(-1, 4)
+    assert np.array_equal(rows[:, 2:], asked[:, 2:])
+    assert all(set(a[:2]) <= set(r[2:]) for a, r in zip(asked.tolist(), rows.tolist(), strict=True))
+
+
+def test_text_pairs_come_from_different_identities():
+    one = sampler([stream(100, task="t2i")])
+    assert one.batches == [(64, 1)]
+    labels = one.sample(0).labels
+    assert len(set(labels.tolist())) == len(labels) == 64
+
+
+def test_a_short_stream_shrinks_the_batch_and_says_so():
+    one = sampler([stream(24)], world=5, ids=32)
+    assert one.batches == [(20, 4)]
+    assert len(one.notes) == 1
+    assert "20 identities per batch instead of 32" in one.notes[0]
+    with pytest.raises(InputError, match="use fewer ranks"):
+        sampler([stream(3)], world=4)
+
+
+def test_a_replacement_is_another_image_of_the_identity():
+    one = sampler([stream(24)])
+    row = int(one.sample(7).rows[5])
+    chosen = {one.replacement(7, 5, row, attempt) for attempt in range(20)}
+    assert row not in chosen
+    assert {item // 100 for item in chosen} == {row // 100}
+    assert one.replacement(7, 5, row, 0) == one.replacement(7, 5, row, 0)
+
+
+def test_augmentation_is_as_stated():
+    parts = [sampler([stream(24)]).sample(step).augmentation for step in range(50)]
+    flip, shift, erase, _ = (np.concatenate(column) for column in zip(*parts, strict=True))
+    assert set(flip) == {0, 1}
+    assert 0.45 < flip.mean() < 0.55
+    assert np.abs(shift).max() <= 1
+    area = erase[:, 2] * erase[:, 3]
+    assert 0.45 < (area > 0).mean() < 0.55
+    assert area[area > 0].min() > 0.015
+    assert area.max() < 0.41
+    assert (erase[:, :2] + erase[:, 2:] <= 1).all()
+
+
+def test_the_same_in_another_process(mini):
+    code = (
+        "import sys, hashlib; from pathlib import Path; from engine.data.index import find_indexes;"
+        "from engine.data.sampler import *; from engine.tasks import TASKS;"
+        "s = Sampler(make_streams(find_indexes(Path(sys.argv[1])), tuple(TASKS)), seed=1, ids=4, images_per_id=4);"
+        "print(hashlib.sha256(b''.join(s.sample(i).rows.tobytes() for i in range(30))).hexdigest())"
+    )
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(mini)],
+            env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert results[0] == results[1] != ""
+
+
+def test_streams_of_the_drawn_data(mini):
+    from pathlib import Path
+
+    from engine.data.index import find_indexes
+
+    streams = make_streams(find_indexes(Path(mini)), tuple(TASKS))
+    assert {item.task.name for item in streams} == set(TASKS)
+    for item in streams:
+        for label in range(item.identities):
+            rows = item.rows[item.starts[label] : item.starts[label + 1]]
+            assert len(set(item.index.pid[rows].tolist())) == 1
+        assert len(set(item.index.pid[item.rows].tolist())) == item.identities
+    with pytest.raises(InputError, match="nothing to train"):
+        make_streams(find_indexes(Path(mini), ["market1501"]), ("vi",))

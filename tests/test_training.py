@@ -1,0 +1,257 @@
+"""Whole runs as users start them: DeepSpeed, real files, one and two ranks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch
+
+QUICK = ("--config", "irm_tiny", "--quick", "--ids", "4", "--warmup", "2")
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(mini, tmp_path_factory) -> Path:
+    """Multi-task training and evaluation on the small drawn data, 12 steps."""
+    output = tmp_path_factory.mktemp("mtl") / "run"
+    done = launch(
+        "recipes/mtl.py", "--data", mini, *QUICK, "--steps", "12", "--checkpoint-every", "5", "--save-features",
+        "--output", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "mean mAP over tasks" in done.stdout
+    return output
+
+
+def test_every_output_is_there(run):
+    for name in ("config.json", "log.jsonl", "quarantine.jsonl", "metrics.json", "features.npz", "checkpoints/latest"):
+        assert (run / name).is_file(), name
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    kept = sorted(path.name for path in (run / "checkpoints").glob("*"))
+    assert kept == ["latest", "step-00000010", "step-00000012"]
+    rows = lines(run / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    fields = {"step", "streams", "loss", "terms", "lr", "grad_norm", "images_per_s", "data_wait_s", "skipped"}
+    assert all(fields <= set(row) for row in rows)
+    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows)
+    assert (run / "quarantine.jsonl").read_text() == ""
+
+
+def test_every_stream_is_trained_in_turn(run):
+    streams = [name for row in lines(run / "log.jsonl") for name in row["streams"]]
+    assert len(set(streams)) == 12
+    for start in range(0, 36, 12):
+        assert len(set(streams[start : start + 12])) == 12
+
+
+def test_metrics_hold_every_protocol_beside_chance_and_the_untrained_network(run):
+    from engine.data.datasets import DATASETS
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    expected = {(task, name) for item in DATASETS for task, names in item.protocols.items() for name in names}
+    assert {(task, name) for task, rows in metrics["tasks"].items() for name in rows} == expected
+    for rows in metrics["tasks"].values():
+        for row in rows.values():
+            for key in ("mAP", "mINP", "rank1", "rank5", "rank10", "mAP_std", "random_mAP", "untrained_mAP"):
+                assert 0 <= row[key] <= 1, key
+            assert row["queries"] > 0
+            assert row["gallery"] > 0
+            assert row["identities"] > 0
+            assert row["relevance"]
+            assert row["feature"]
+    means = [sum(r["mAP"] for r in rows.values()) / len(rows) for rows in metrics["tasks"].values()]
+    assert metrics["mean_mAP"] == pytest.approx(sum(means) / 6)
+
+
+def test_metrics_can_be_recomputed_from_the_stored_features(run):
+    import numpy as np
+
+    stored = np.load(run / "features.npz")
+    want = json.loads((run / "metrics.json").read_text())["tasks"]["trad"]["market1501"]["mAP"]
+    features, pid, camera = (stored[f"trad/market1501/{name}"] for name in ("features", "pid", "camera"))
+    query, gallery = stored["trad/market1501/0/query"], stored["trad/market1501/0/gallery"]
+    similarity = features[0][query] @ features[0][gallery].T
+    precisions = []
+    for q, row in zip(query, similarity, strict=True):
+        keep = (pid[gallery] != pid[q]) | (camera[gallery] != camera[q])
+        hits = (pid[gallery] == pid[q])[keep][np.argsort(-row[keep], kind="stable")]
+        ranks = np.flatnonzero(hits) + 1
+        if len(ranks):
+            precisions.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+    assert np.mean(precisions) == pytest.approx(want, abs=1e-6)
+
+
+def test_a_stored_checkpoint_evaluates_to_the_same_numbers(run, mini, tmp_path):
+    done = subprocess.run(
+        [sys.executable, *f"recipes/evaluate.py --checkpoint {run} --data {mini} --quick --tasks trad,li".split()]
+        + ["--output", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "metrics.json").read_text())["tasks"]
+    before = json.loads((run / "metrics.json").read_text())["tasks"]
+    assert again == {task: before[task] for task in ("trad", "li")}
+
+
+def test_same_seed_same_run_and_resuming_is_the_same(run, mini, tmp_path):
+    first = tmp_path / "again"
+    options = ("recipes/mtl.py", "--data", mini, *QUICK, "--no-eval", "--output", first)
+    assert launch(*options, "--steps", "12", "--checkpoint-every", "5").returncode == 0
+    losses = [row["stream_loss"] for row in lines(run / "log.jsonl")]
+    assert [row["stream_loss"] for row in lines(first / "log.jsonl")] == losses
+    # a run that was killed after its checkpoint at step 10
+    (first / "checkpoints" / "latest").write_text("step-00000010\n")
+    done = launch(*options, "--steps", "12", "--checkpoint-every", "5", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after step 10" in done.stdout
+    rows = lines(first / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["stream_loss"] for row in rows] == losses
+
+
+def test_two_ranks_share_each_batch(mini, tmp_path):
+    done = launch(
+        "recipes/mtl.py", "--data", mini, *QUICK, "--steps", "8", "--no-eval", "--log-samples", "--output",
+        tmp_path / "run", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [lines(tmp_path / "run" / f"samples.rank{rank}.jsonl") for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 24
+    for a, b in zip(*ranks, strict=True):
+        assert (a["step"], a["stream"]) == (b["step"], b["stream"])
+        assert a["labels"]
+        assert not set(a["labels"]) & set(b["labels"])
+    assert len({row["stream"] for row in ranks[0]}) == 12
+
+
+def test_two_ranks_compute_what_one_does(mini, tmp_path):
+    """Identity loss and BNNeck statistics are global: the first step's terms without in-batch pairs agree."""
+    rows = []
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        done = launch(
+            "recipes/stl.py", "--dataset", "market1501", "--data", mini, *QUICK, "--steps", "1", "--window", "1",
+            "--no-eval", "--output", output, ranks=ranks,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows.append(lines(output / "log.jsonl")[0]["terms"])
+    for name in ("id_cls", "id_fout"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_train_alike(mini, tmp_path, stage):
+    done = launch(
+        "recipes/mtl.py", "--data", mini, *QUICK, "--steps", "2", "--no-eval", "--deepspeed_config",
+        f"recipes/deepspeed/zero{stage}.json", "--output", tmp_path / "run", "--tasks", "trad,t2i",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(lines(tmp_path / "run" / "log.jsonl")) == 2
+
+
+def test_single_task_on_a_market_folder_with_24_identities(mini, tmp_path):
+    """Any folder in Market-1501 layout; the batch shrinks to the identities there are, and says so."""
+    from engine.data.mini import write_mini
+
+    write_mini(tmp_path / "data", train_ids=24, test_ids=6, images_per_id=6, datasets=["market1501"])
+    done = launch(
+        "recipes/stl.py", "--dataset", "market1501", "--data", tmp_path / "data", "--config", "irm_tiny", "--ids", "32",
+        "--steps", "3", "--quick", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "24 identities per batch instead of 32" in done.stdout
+    assert list(json.loads((tmp_path / "run" / "metrics.json").read_text())["tasks"]) == ["trad"]
+
+
+def test_a_damaged_training_image_costs_that_image_only(mini, tmp_path):
+    import shutil
+
+    shutil.copytree(mini / "Market-1501-v15.09.15", tmp_path / "data" / "Market-1501-v15.09.15")
+    images = sorted((tmp_path / "data" / "Market-1501-v15.09.15" / "bounding_box_train").glob("*.jpg"))
+    images[3].write_bytes(images[3].read_bytes()[:100])
+    done = launch(
+        "recipes/stl.py", "--dataset", "market1501", "--data", tmp_path / "data", *QUICK, "--ids", "12", "--steps", "8",
+        "--no-eval", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = lines(tmp_path / "run" / "quarantine.jsonl")
+    assert [row["path"] for row in rows] == [str(images[3])]
+    assert rows[0]["reason"]
+
+
+def test_sigterm_saves_and_leaves_with_its_code(mini, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "recipes/mtl.py", "--data", str(mini), *QUICK, "--steps", "5000", "--no-eval"]
+    process = subprocess.Popen([*command, "--output", str(output)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "log.jsonl").exists() or not (output / "log.jsonl").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    step = int(re.search(r"after step (\d+)", said)[1])
+    assert (output / "checkpoints" / "latest").read_text().strip() == f"step-{step:08d}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipes/mtl.py", "--data", "/nowhere"], "--data /nowhere: no such folder"),
+        (["recipes/mtl.py", "--data", "MINI", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["recipes/mtl.py", "--data", "MINI", "--tasks", "trad,tea"], "--tasks tea: expected names among"),
+        (["recipes/mtl.py", "--data", "MINI", "--config", "huge"], "--config huge: expected"),
+        (["recipes/mtl.py", "--data", "MINI", "--image-size", "big"], "expected HEIGHTxWIDTH"),
+        (["recipes/mtl.py", "--data", "MINI", "--resume", "--output", "TMP/none"], "--resume: no checkpoint"),
+        (["recipes/mtl.py", "--data", "MINI", "--output", "/proc/run"], "--output /proc/run: cannot write"),
+        (["recipes/mtl.py", "--data", "MINI", "--device", "cuda"], "--device cuda: torch sees no GPU"),
+        (["recipes/mtl.py", "--data", "MINI", "--wrong"], "unrecognized arguments: --wrong"),
+        (["recipes/stl.py", "--data", "MINI", "--dataset", "mars"], "mars"),
+        (["recipes/evaluate.py", "--data", "MINI", "--checkpoint", "TMP"], "no checkpoint there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(mini, tmp_path, arguments, message):
+    arguments = [text.replace("MINI", str(mini)).replace("TMP", str(tmp_path)) for text in arguments]
+    if "--output" not in arguments:
+        arguments += ["--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(ours) == 1
+    assert message in ours[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_used_folder_is_refused(run, mini):
+    done = launch("recipes/mtl.py", "--data", mini, *QUICK, "--steps", "1", "--output", run)
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plain_python_is_one_rank(mini, tmp_path):
+    command = [sys.executable, "recipes/stl.py", "--dataset", "market1501", "--data", mini, *QUICK, "--steps", "1"]
+    done = subprocess.run([*command, "--no-eval", "--output", tmp_path / "r"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 rank(s)" in done.stdout
