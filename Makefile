@@ -8,7 +8,7 @@ PORT ?= 29517
 .PHONY: demo test test-slow check format lock install clean gpu-check
 
 demo: install
-	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py --demo --output runs/demo
+	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py
 
 test: install
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests
@@ -38,6 +38,10 @@ $(VENV)/.locked: requirements.lock
 $(VENV)/.built: $(VENV)/.locked setup.py pyproject.toml $(wildcard csrc/*)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
+
+# On a machine with a GPU, with that machine's own python: no environment, no network.
+gpu-check:
+	PYTHON=$(PYTHON) bench/gpu_check.sh
 
 lock:
 	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --extra dev --allow-unsafe \

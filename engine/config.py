@@ -59,11 +59,11 @@ MODELS: dict[str, ModelConfig] = {
     "irm_tiny": ModelConfig(
         name="irm_tiny",
         image_size=(128, 64),
-        patch=8,
+        patch=16,
         stem="conv",
-        width=128,
+        width=192,
         depth=4,
-        heads=4,
+        heads=6,
         drop_path=0.0,
         clothes_size=(32, 32),
         picture_depth=1,
@@ -104,11 +104,9 @@ class TrainConfig:
     colour_jitter: float = 0.0
     checkpoint_every: int = 1000
     keep: int = 2
-    eval_every: int = 0
     evaluate: bool = True
     quick: bool = False
     resume: bool = False
-    fused: bool = True
     feature: str = "cls"
     device: str = "auto"
     workers: int = 2
@@ -129,7 +127,7 @@ class TrainConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
-        for name in ("seed", "window", "warmup", "eval_every", "weight_decay", "margin", "lr", "clip"):
+        for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "clip"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.feature not in ("cls", "fout", "concat"):

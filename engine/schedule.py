@@ -21,22 +21,23 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Four groups: new or pre-trained layer, with or without weight decay (none for vectors: gates, norms, biases).
+    """Groups by rate (pre-trained or new layer) and by weight decay (none for vectors: gates, norms, biases).
 
     `multiplier` scales the scheduled rate of the group.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            new = name.removeprefix("model.").startswith(NEW)
+            part = name.removeprefix("model.")
+            rate = config.lr_new if part.startswith(NEW) else 1.0
             plain = parameter.ndim < 2 or name.endswith(("gates", "cls_token", "part_tokens", "pos_embed"))
-            groups.setdefault((new, plain), []).append(parameter)
+            groups.setdefault((rate, plain), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": config.lr,
             "weight_decay": 0.0 if plain else config.weight_decay,
-            "multiplier": config.lr_new if new else 1.0,
+            "multiplier": rate,
         }
-        for (new, plain), parameters in sorted(groups.items())
+        for (rate, plain), parameters in sorted(groups.items())
     ]

@@ -18,17 +18,7 @@ def main() -> None:
     parser = options.training_parser(str(__doc__))
     options.add_tasks(parser)
     parser.add_argument("--dataset", metavar="A,B", help="only these data sets (default: all found)")
-    args = parser.parse_args()
-    config = options.training_config("mtl", args)
-    options.mini_data(args.data)
-
-    from engine.results import format_table
-    from engine.training import train
-
-    metrics = train(config)
-    if metrics:
-        print(format_table(metrics, paper=options.is_real(config.data)))
-        print(f"written to {config.output}")
+    options.train("mtl", parser.parse_args())
 
 
 if __name__ == "__main__":

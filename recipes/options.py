@@ -72,7 +72,7 @@ def training_parser(description: str) -> Parser:
     add(
         "--margin",
         type=float,
-        help="margin of the adaptive triplet loss, squared distance of unit vectors (default: 0.3)",
+        help="margin of the adaptive triplet loss, in squared distance of features (default: 0.3)",
     )
     add(
         "--mining",
@@ -131,6 +131,20 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     )
 
 
+def train(recipe: str, args: argparse.Namespace) -> None:
+    """Train as the options say and print the results table."""
+    config = training_config(recipe, args)
+    mini_data(args.data)
+
+    from engine.results import format_table
+    from engine.training import train as run_training
+
+    metrics = run_training(config)
+    if metrics:
+        print(format_table(metrics, paper=is_real(config.data)))
+        print(f"written to {config.output}")
+
+
 def add_tasks(parser: Parser) -> None:
     parser.add_argument(
         "--tasks", metavar="A,B", help=f"train and test only these tasks (default: all of {','.join(TASKS)})"
@@ -141,8 +155,15 @@ def mini_data(data: str | None) -> None:
     """Draw the mini data set when no folder was given and it is not there yet (under a lock: every rank may ask)."""
     if data is None:
         from engine.data.mini import write_mini
+        from engine.progress import Progress
 
-        write_mini(MINI)
+        progress: list[Progress] = []
+
+        def show(done: int, total: int) -> None:
+            progress[:] = progress or [Progress("drawing the mini data set", total, unit="picture", every=5.0)]
+            progress[0].update(done)
+
+        write_mini(MINI, progress=show)
 
 
 def run(main: Callable[[], None]) -> int:

@@ -17,17 +17,7 @@ def main() -> None:
     parser = options.training_parser(str(__doc__))
     parser.add_argument("--dataset", required=True, metavar="NAME", help="data set to train and test")
     parser.add_argument("--task", dest="tasks", metavar="NAME", help="task, where the data set serves several")
-    args = parser.parse_args()
-    config = options.training_config("stl", args)
-    options.mini_data(args.data)
-
-    from engine.results import format_table
-    from engine.training import train
-
-    metrics = train(config)
-    if metrics:
-        print(format_table(metrics, paper=options.is_real(config.data)))
-        print(f"written to {config.output}")
+    options.train("stl", parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,20 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.mini import write_mini
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory) -> Path:
     """All ten data sets, small: 12 training and 6 test identities each. Shared by parallel test processes."""
+    from engine.data.mini import write_mini
+
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     output = folder / "mini"
     write_mini(output, train_ids=12, test_ids=6, images_per_id=8)
     return output
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def free_port() -> int:

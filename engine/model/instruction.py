@@ -43,6 +43,7 @@ class InstructionEncoder(nn.Module):
                 max_position_embeddings=512,
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
+                initializer_range=width**-0.5,  # BERT's 0.02 leaves narrow towers nearly constant at the start
             ),
             add_pooling_layer=False,
         )
