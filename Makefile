@@ -5,16 +5,13 @@ BIN := $(VENV)/bin
 UV = $(shell command -v uv || echo $(BIN)/uv)
 PORT ?= 29517
 
-.PHONY: demo test test-slow check format lock install clean gpu-check
+.PHONY: demo test check format lock install clean gpu-check
 
 demo: install
-	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py
+	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py --check
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests
-
-test-slow: install
-	$(BIN)/python -m pytest -q -m "slow and not gpu" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu" tests
 
 check: install
 	$(BIN)/ruff check .

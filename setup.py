@@ -42,10 +42,14 @@ class Build(build_ext):
     def nvcc(self, home, source):
         target = Path(self.build_temp) / f"{source.stem}.cu.o"
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("CUDA_ARCHS", "80;90;100").split(";")
+        nvcc = str(home / "bin" / "nvcc")
+        archs = os.environ.get("CUDA_ARCHS", "").split(";")
+        if archs == [""]:
+            known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+            archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known.split()]
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         flags = ["-O3", "-std=c++17", "--threads=2", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"]
-        command = [str(home / "bin" / "nvcc"), *flags, *gencode, "-c", str(source), "-o", str(target)]
+        command = [nvcc, *flags, *gencode, "-c", str(source), "-o", str(target)]
         print(" ".join(command), flush=True)
         try:
             subprocess.run(command, check=True)

@@ -14,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -48,10 +49,9 @@ def save(
         part.mkdir(parents=True)
     runtime.barrier()
     ds_engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
+    weights = _whole_weights(ds_engine, model)
     if runtime.main:
-        save_file(
-            {key: value.contiguous().cpu() for key, value in model.state_dict().items()}, part / "model.safetensors"
-        )
+        save_file(weights, part / "model.safetensors")
         (part / "config.json").write_text(config.to_json())
         (part / "state.json").write_text(json.dumps(state.__dict__, indent=1))
         tokenizer.save(str(part / "tokenizer.json"))
@@ -70,6 +70,16 @@ def save(
         for old in sorted(folder.glob("step-*"))[: -config.keep]:
             shutil.rmtree(old)
     runtime.barrier()
+
+
+def _whole_weights(ds_engine, model: IRM) -> dict[str, torch.Tensor]:
+    """All weights on the CPU. ZeRO 3 keeps them in parts, which all ranks together put together here."""
+    if ds_engine.zero_optimization_stage() < 3:
+        return {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(model.parameters())):
+        return {key: value.detach().clone().cpu() for key, value in model.state_dict().items()}
 
 
 def latest(folder: Path) -> Path | None:
@@ -116,17 +126,27 @@ def read_facts(folder: Path) -> tuple[TrainConfig, State, Tokenizer]:
         raise InputError(f"{folder}: not a checkpoint of this engine ({error})") from error
 
 
-def resume(folder: Path, ds_engine, state: State, runtime: Runtime) -> State:
-    """Load the latest checkpoint into the engine. InputError when there is none or when it is another model's."""
+def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer: Tokenizer) -> State:
+    """Load the latest checkpoint into the engine. InputError when there is none or when it is of another run: what
+    decides model and samples must be the same."""
     checkpoint = latest(folder)
     if checkpoint is None:
         raise InputError(f"--resume: no checkpoint in {folder}; leave --resume out to start a run")
-    stored = read_facts(checkpoint)[1]
-    for what in ("streams", "heads", "vocabulary", "world"):
-        if getattr(stored, what) != getattr(state, what):
-            raise InputError(
-                f"--resume: {checkpoint} has {what} {getattr(stored, what)}, this run has {getattr(state, what)}"
-            )
+    old_config, stored, old_tokenizer = read_facts(checkpoint)
+    if old_tokenizer.to_str() != tokenizer.to_str():
+        raise InputError(f"--resume: {checkpoint} was trained with another vocabulary; is --data the same?")
+    differ = [
+        (what, getattr(old, what), getattr(new, what))
+        for old, new, names in (
+            (stored, state, ("world", "streams", "heads")),
+            (old_config, config, ("model", "seed", "ids", "images_per_id", "window")),
+        )
+        for what in names
+        if getattr(old, what) != getattr(new, what)
+    ]
+    if differ:
+        what, before, now = differ[0]
+        raise InputError(f"--resume: {checkpoint} has {what} {before}, this run has {now}")
     ds_engine.load_checkpoint(str(checkpoint), tag="deepspeed")
     return stored
 

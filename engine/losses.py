@@ -41,15 +41,16 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     assert head is not None
     instructions = features.instruction.cls.float().expand(len(batch.images), -1)
     terms = {}
-    for name, value in (("cls", features.cls), ("fout", features.fout)):
-        value = value.float()
-        triplet = kernels.adaptive_triplet(
-            F.normalize(value, dim=-1), batch.labels, instructions, margin=config.margin, mining=config.mining
-        )
-        assert isinstance(triplet, Tensor)
-        terms[f"triplet_{name}"] = config.triplet_weight * triplet
-        logits = head.classify[name](head.neck[name](value).to(value.dtype))
-        terms[f"id_{name}"] = F.cross_entropy(logits.float(), batch.labels, label_smoothing=config.label_smoothing)
+    with torch.autocast(batch.images.device.type, enabled=False):  # losses in float32
+        for name, value in (("cls", features.cls.float()), ("fout", features.fout.float())):
+            unit = F.normalize(value, dim=-1)
+            triplet = kernels.adaptive_triplet(
+                unit, batch.labels, instructions, margin=config.margin, mining=config.mining
+            )
+            assert isinstance(triplet, Tensor)
+            terms[f"triplet_{name}"] = config.triplet_weight * triplet
+            logits = head.classify[name](head.neck[name](value))
+            terms[f"id_{name}"] = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
     return terms
 
 
@@ -59,9 +60,11 @@ def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
     assert batch.text_lengths is not None
     instruction = model.instruct.of_text(batch.text, batch.text_lengths)
     seen = model.features(batch.images, None)
-    similarity = model.image_embedding(seen).float() @ model.text_embedding(instruction).float().mT
     same = batch.labels[:, None] == batch.labels
-    contrastive = contrastive_loss(model.temperature(similarity), same)
+    pictures_BE, texts_BE = model.image_embedding(seen).float(), model.text_embedding(instruction).float()
+    with torch.autocast(batch.images.device.type, enabled=False):
+        similarity = pictures_BE @ texts_BE.mT
+        contrastive = contrastive_loss(model.temperature(similarity), same)
     wrong = similarity.detach().masked_fill(same, -torch.inf)
     pairs = torch.arange(len(same), device=same.device)
     pictures = torch.cat(

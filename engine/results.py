@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from engine.tasks import TASKS
@@ -34,6 +36,31 @@ def format_table(metrics: dict[str, Any], *, paper: bool = False) -> str:
             lines.append(line)
     lines.append(f"mean mAP over tasks {100 * metrics['mean_mAP']:.2f} %")
     return "\n".join(lines)
+
+
+def print_check(metrics: dict[str, Any], log: Path) -> int:
+    """0 when the training loss of every stream fell (mean of its first fifth against its last) and the mean mAP over
+    tasks beats a random ranking's and the untrained network's; else 1. Prints what it compared."""
+    losses: dict[str, list[float]] = {}
+    for row in map(json.loads, log.read_text().splitlines()):
+        for name, loss in zip(row["streams"], row["stream_loss"], strict=True):
+            losses.setdefault(name, []).append(loss)
+    ok = True
+    for name, values in sorted(losses.items()):
+        part = max(1, len(values) // 5)
+        first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+        ok &= last < first
+        print(f"check: loss of {name:16} {first:6.2f} -> {last:6.2f} {'fell' if last < first else 'DID NOT FALL'}")
+    for what in ("random_mAP", "untrained_mAP"):
+        means = [[row[what] for row in rows.values()] for rows in metrics["tasks"].values()]
+        other = sum(sum(part) / len(part) for part in means) / len(means)
+        better = metrics["mean_mAP"] > other
+        ok &= better
+        print(
+            f"check: mean mAP {100 * metrics['mean_mAP']:.2f} % {'beats' if better else 'DOES NOT BEAT'} "
+            f"{what.removesuffix('_mAP')} {100 * other:.2f} %"
+        )
+    return 0 if ok else 1
 
 
 def _percent(value: float, width: int = 6) -> str:

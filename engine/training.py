@@ -63,12 +63,14 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     state = checkpoint.State(0, runtime.world, _heads(streams), [s.name for s in streams], tokenizer.get_vocab_size())
     folder = output / "checkpoints"
     if config.resume:
-        state = checkpoint.resume(folder, ds_engine, state, runtime)
+        state = checkpoint.resume(folder, ds_engine, state, config, tokenizer)
         say(f"resumed after step {state.step}")
+    if runtime.main:
+        (output / "config.json").write_text(config.to_json())
     _steps(config, runtime, ds_engine, model, sampler, tokenizer, window, state, output)
     if not config.evaluate or not runtime.main:
-        runtime.barrier()  # ranks wait for the evaluation of rank 0
-        return None
+        return None  # rank 0 evaluates what it saved; nobody need wait
+    model = checkpoint.load_model(folder)[0].to(runtime.device)
     untrained = build_model(config, streams, tokenizer).to(runtime.device)
     features_file = output / "features.npz" if config.save_features else None
     metrics = evaluate_model(
@@ -76,7 +78,6 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     )
     metrics["checkpoint"] = str(checkpoint.latest(folder))
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    runtime.barrier()
     return metrics
 
 
@@ -100,7 +101,7 @@ def _steps(
     """The loop: `config.steps` optimiser steps, logged, saved, stoppable."""
 
     def quarantine(path: Path, reason: str, micro_step: int) -> None:
-        row = {"path": str(path), "reason": reason, "step": micro_step // window}
+        row = {"path": str(path), "reason": reason, "step": micro_step // window + 1}
         with (output / "quarantine.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -127,6 +128,7 @@ def _steps(
             batch, sample = loader.next()
             waited += time.monotonic() - asked
             images += len(batch.images) * runtime.world
+            torch.manual_seed(hash((config.seed, loader.micro_step, runtime.rank)))  # drop path: a function of the step
             loss, terms = ds_engine(batch)
             values = runtime.mean(torch.stack([loss.detach(), *terms.values()]).float()).tolist()
             if not math.isfinite(values[0]):  # on some rank: this micro-step gives no gradient, the step is skipped
@@ -175,6 +177,7 @@ def _steps(
                 print(f"stopped by SIGTERM after step {step}; --resume goes on from there", flush=True)
             sys.exit(TERMINATED)
     log.close()
+    stop.restore()
 
 
 class _Log:
@@ -184,6 +187,7 @@ class _Log:
     def __init__(self, output: Path, config: TrainConfig, runtime: Runtime, first: int):
         self.runtime, self.samples = runtime, None
         if config.log_samples:
+            _forget_after(output / f"samples.rank{runtime.rank}.jsonl", first)
             self.samples = (output / f"samples.rank{runtime.rank}.jsonl").open("a")
         if runtime.main:
             _forget_after(output / "log.jsonl", first)
@@ -221,11 +225,18 @@ def _forget_after(file: Path, step: int) -> None:
     """Drop log lines of steps that a resumed run will do again (and a line cut by a kill)."""
     if not file.is_file():
         return
-    lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
     part = file.with_suffix(".part")
     part.write_text("".join(line + "\n" for line in kept))
     os.replace(part, file)
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinite for a line cut by a kill."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
 
 
 def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
@@ -239,7 +250,6 @@ def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
     if runtime.main:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            (output / "config.json").write_text(config.to_json())
             (output / "quarantine.jsonl").touch()
         except OSError as error:
             raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
@@ -263,7 +273,7 @@ def _deepspeed(
     optimizer = torch.optim.AdamW(parameter_groups(module, config))
     settings = {
         "zero_optimization": {"stage": 0},
-        "bf16": {"enabled": runtime.device.type == "cuda"},
+        "torch_autocast": {"enabled": runtime.device.type == "cuda", "dtype": "bfloat16"},
         **(config.deepspeed or {}),
         "train_micro_batch_size_per_gpu": max(P * K for P, K in sampler.batches) // runtime.world,
         "gradient_accumulation_steps": window,
@@ -309,7 +319,10 @@ class _on_sigterm:
 
     def __init__(self) -> None:
         self.is_set = False
-        signal.signal(signal.SIGTERM, self._set)
+        self.before = signal.signal(signal.SIGTERM, self._set)
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)
 
     def _set(self, *_: Any) -> None:
         self.is_set = True

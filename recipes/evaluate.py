@@ -14,7 +14,7 @@ from engine.errors import InputError
 from recipes import options
 
 
-def main() -> None:
+def main() -> int:
     parser = options.Parser(description=str(__doc__), formatter_class=options.RawHelp, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint folder, or a run's --output folder")
@@ -51,6 +51,7 @@ def main() -> None:
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
     print(f"written to {output}")
+    return 0
 
 
 if __name__ == "__main__":

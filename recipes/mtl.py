@@ -14,11 +14,11 @@ if not __package__:  # run as a script: the checkout's root, not recipes/, is wh
 from recipes import options
 
 
-def main() -> None:
+def main() -> int:
     parser = options.training_parser(str(__doc__))
     options.add_tasks(parser)
     parser.add_argument("--dataset", metavar="A,B", help="only these data sets (default: all found)")
-    options.train("mtl", parser.parse_args())
+    return options.train("mtl", parser.parse_args())
 
 
 if __name__ == "__main__":

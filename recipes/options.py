@@ -23,14 +23,14 @@ MINI = Path("data/mini-omnireid")
 PRESETS: dict[str, dict[str, Any]] = {
     "irm_base": {"steps": 24000, "ids": 32, "lr": 1e-5, "lr_start": 1e-7, "warmup": 1000, "window": 0},
     "irm_tiny": {
-        "steps": 300,
+        "steps": 750,
         "ids": 16,
-        "lr": 1e-3,
-        "lr_start": 1e-4,
+        "lr": 7e-4,
+        "lr_start": 2e-5,
         "lr_new": 1.0,
-        "warmup": 20,
-        "window": 3,
-        "checkpoint_every": 100,
+        "warmup": 150,
+        "window": 1,
+        "checkpoint_every": 250,
     },
 }
 
@@ -55,7 +55,7 @@ def training_parser(description: str) -> Parser:
         metavar="NAME|FILE",
         help="irm_tiny, irm_base or a JSON file (default: irm_tiny on the mini data, else irm_base)",
     )
-    add("--steps", type=int, metavar="N", help="optimiser steps (default: 300 for irm_tiny, else 24000)")
+    add("--steps", type=int, metavar="N", help="optimiser steps (default: 750 for irm_tiny, else 24000)")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, sampling and augmentation (default: 0)")
     add("--resume", action="store_true", help="go on from the latest checkpoint in --output")
     add("--ids", type=int, metavar="P", help="identities per batch over all ranks (default: 16 for irm_tiny, else 32)")
@@ -64,11 +64,16 @@ def training_parser(description: str) -> Parser:
         "--window",
         type=int,
         metavar="N",
-        help="micro-steps (one stream each) per optimiser step; 0: one per stream (default: 3 for irm_tiny, else 0)",
+        help="micro-steps (one stream each) per optimiser step; 0: one per stream (default: 1 for irm_tiny, else 0)",
     )
     add("--image-size", type=_size, metavar="HxW", help="pixels (default: 128x64 for irm_tiny, else 256x128)")
-    add("--lr", type=float, help="peak learning rate (default: 1e-3 for irm_tiny, else 1e-5)")
-    add("--warmup", type=int, metavar="N", help="steps of linear warm-up (default: 20 for irm_tiny, else 1000)")
+    add("--lr", type=float, help="peak learning rate (default: 7e-4 for irm_tiny, else 1e-5)")
+    add(
+        "--warmup",
+        type=int,
+        metavar="N",
+        help="steps of linear warm-up (default: 150 for irm_tiny, else 1000; at most a fifth of --steps)",
+    )
     add(
         "--margin",
         type=float,
@@ -90,7 +95,7 @@ def training_parser(description: str) -> Parser:
         "--checkpoint-every",
         type=int,
         metavar="N",
-        help="steps between checkpoints (default: 100 for irm_tiny, else 1000)",
+        help="steps between checkpoints (default: 250 for irm_tiny, else 1000)",
     )
     add("--keep", type=int, metavar="N", help="newest checkpoints kept (default: 2)")
     add("--feature", choices=("cls", "fout", "concat"), help="what a test compares (default: cls)")
@@ -98,6 +103,9 @@ def training_parser(description: str) -> Parser:
         "--quick",
         action="store_true",
         help="evaluate with one instruction sentence instead of 20 and the first drawn gallery",
+    )
+    add(
+        "--check", action="store_true", help="exit 1 unless every stream's loss fell and mAP beats chance and untrained"
     )
     add("--no-eval", action="store_true", help="train only")
     add("--save-features", action="store_true", help="write the test features to features.npz")
@@ -114,6 +122,8 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
     given += ["checkpoint_every", "keep", "feature"]
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
+    if args.warmup is None:
+        values["warmup"] = min(values["warmup"], values["steps"] // 5)
     for key in ("seed", "resume", "quick", "save_features", "log_samples"):
         values[key] = getattr(args, key)
     if args.deepspeed_config:
@@ -131,18 +141,21 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     )
 
 
-def train(recipe: str, args: argparse.Namespace) -> None:
-    """Train as the options say and print the results table."""
+def train(recipe: str, args: argparse.Namespace) -> int:
+    """Train as the options say and print the results table. Exit code: 0, or 1 when --check finds nothing learned."""
     config = training_config(recipe, args)
     mini_data(args.data)
 
-    from engine.results import format_table
+    from engine.results import format_table, print_check
     from engine.training import train as run_training
 
     metrics = run_training(config)
     if metrics:
         print(format_table(metrics, paper=is_real(config.data)))
         print(f"written to {config.output}")
+        if args.check:
+            return print_check(metrics, Path(config.output) / "log.jsonl")
+    return 0
 
 
 def add_tasks(parser: Parser) -> None:
@@ -166,17 +179,16 @@ def mini_data(data: str | None) -> None:
         write_mini(MINI, progress=show)
 
 
-def run(main: Callable[[], None]) -> int:
+def run(main: Callable[[], int]) -> int:
     """Exit code of a recipe: 0, or 2 after one line that says what to mend. Rank 0 speaks; another rank only if its
     trouble is its own, that is when the launcher has not ended it within seconds of rank 0's exit."""
     try:
-        main()
+        return main()
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 def is_real(data: str | Path) -> bool:
@@ -202,5 +214,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def default_output(recipe: str) -> str:
     """runs/RECIPE-TIME, with the launcher's start time, so that all ranks of a run name the same folder."""
-    started = os.stat(f"/proc/{os.getppid()}").st_mtime if "LOCAL_RANK" in os.environ else time.time()
+    started = time.time()
+    if "LOCAL_RANK" in os.environ:  # ticks since boot, field 22 of the launcher's stat
+        ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+        boot = re.search(r"btime (\d+)", Path("/proc/stat").read_text())
+        started = int(boot[1] if boot else 0) + ticks / os.sysconf("SC_CLK_TCK")
     return f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"

@@ -13,11 +13,11 @@ if not __package__:  # run as a script: the checkout's root, not recipes/, is wh
 from recipes import options
 
 
-def main() -> None:
+def main() -> int:
     parser = options.training_parser(str(__doc__))
     parser.add_argument("--dataset", required=True, metavar="NAME", help="data set to train and test")
     parser.add_argument("--task", dest="tasks", metavar="NAME", help="task, where the data set serves several")
-    options.train("stl", parser.parse_args())
+    return options.train("stl", parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure() -> None:
+    """Parallel test processes take a core each: threads that wait for each other on shared cores crawl."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    cores = sorted(os.sched_getaffinity(0))
+    if worker and len(cores) > 1:
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory) -> Path:
     """All ten data sets, small: 12 training and 6 test identities each. Shared by parallel test processes."""
@@ -40,10 +48,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def recipe(*arguments: str | Path, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS...` from the checkout: one rank, without the launcher."""
+    return _run([sys.executable, *map(str, arguments)], ROOT, timeout)
+
+
 def launch(*arguments: str | Path, ranks: int = 1, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
     """`deepspeed [--num_gpus N] ARGUMENTS...` from the checkout, output captured as text."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
     command = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(free_port()), *map(str, arguments)]
+    return _run(command, cwd, timeout)
+
+
+def _run(command: list[str], cwd: Path, timeout: int) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
     environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from engine.config import TrainConfig
@@ -42,11 +43,11 @@ class TrainLoader:
         self.sampler, self.config, self.tokenizer, self.device, self.rank = sampler, config, tokenizer, device, rank
         self.micro_step, self.quarantine = start, quarantine
         self.damaged: set[Path] = set()
-        self.drawn = self.replaced = 0
+        self.drawn = 0
         largest = max(P * K for P, K in sampler.batches) // sampler.world
         settings: dict[str, Any] = {"batch": largest, "device": device, "threads": config.workers}
         self.images = PicturePipeline(
-            lambda number: self._images(sampler.sample(number, rank)),
+            self._images,
             size=config.model.image_size,
             augment=True,
             colour_jitter=config.colour_jitter,
@@ -57,7 +58,7 @@ class TrainLoader:
         self.clothes: PicturePipeline | None = None
         if any(stream.task.instruction == "clothes" for stream in sampler.streams):
             self.clothes = PicturePipeline(
-                lambda number: self._clothes(sampler.sample(self._clothes_step(start, number), rank)),
+                lambda number: self._clothes(self._clothes_step(start, number)),
                 size=config.model.clothes_size,
                 augment=False,
                 **settings,
@@ -68,11 +69,11 @@ class TrainLoader:
         sample = self.sampler.sample(micro_step, self.rank)
         stream, task = sample.stream, sample.stream.task
         self.drawn += len(sample.rows)
-        images = self._decoded(self.images, self._images(sample), sample, micro_step)
+        images = self._decoded(self.images, self._images, micro_step)
         text = lengths = clothes = None
         if task.instruction == "clothes":
             assert self.clothes is not None
-            clothes = self._decoded(self.clothes, self._clothes(sample), sample, micro_step)
+            clothes = self._decoded(self.clothes, self._clothes, micro_step)
         else:
             text, lengths = tokenize(self.tokenizer, self._sentences(sample), self.config.model.text_tokens)
             text, lengths = text.to(self.device), lengths.to(self.device)
@@ -86,14 +87,36 @@ class TrainLoader:
         captions = [sample.stream.index.captions(row) for row in sample.instruction_rows]
         return [options[int(u * len(options))] for options, u in zip(captions, sample.choice, strict=True)]
 
-    @staticmethod
-    def _images(sample: Sample) -> Pictures:
-        return plain([sample.stream.index.path(row) for row in sample.rows])._replace(augmentation=sample.augmentation)
+    def _images(self, micro_step: int) -> Pictures:
+        sample = self.sampler.sample(micro_step, self.rank)
+        rows = self._readable(micro_step, sample, sample.rows, lambda row: sample.stream.index.path(row))
+        return plain([sample.stream.index.path(row) for row in rows])._replace(augmentation=sample.augmentation)
 
-    @staticmethod
-    def _clothes(sample: Sample) -> Pictures:
-        pictures = [sample.stream.index.clothes_picture(row) for row in sample.instruction_rows]
+    def _clothes(self, micro_step: int) -> Pictures:
+        sample = self.sampler.sample(micro_step, self.rank)
+        index = sample.stream.index
+        rows = self._readable(micro_step, sample, sample.instruction_rows, lambda row: index.clothes_picture(row)[0])
+        pictures = [index.clothes_picture(row) for row in rows]
         return plain([path for path, _ in pictures], [box for _, box in pictures])
+
+    def _readable(
+        self, micro_step: int, sample: Sample, rows: NDArray[np.int64], path_of: Callable[[int], Path]
+    ) -> list[int]:
+        """The rows, those with a file known to be damaged replaced by another image of the identity."""
+        result = []
+        for slot, row in enumerate(rows.tolist(), self.rank * len(rows)):
+            options = (
+                [self.sampler.replacement(micro_step, slot, row, attempt) for attempt in range(ATTEMPTS)]
+                if (self.damaged and path_of(row) in self.damaged)
+                else []
+            )
+            found = next((option for option in [row, *options] if path_of(option) not in self.damaged), None)
+            if found is None:
+                raise InputError(
+                    f"{path_of(row)}: cannot be decoded, nor can other images of that identity; repair them"
+                )
+            result.append(found)
+        return result
 
     def _clothes_step(self, start: int, number: int) -> int:
         """The `number`-th micro-step from `start` on whose stream is instructed by clothes."""
@@ -104,34 +127,24 @@ class TrainLoader:
             step += 1
         return self.clothes_steps[number]
 
-    def _decoded(self, pipeline: PicturePipeline, pictures: Pictures, sample: Sample, step: int) -> torch.Tensor:
-        """The pipeline's next batch; a damaged file costs that image only: another of the same identity takes its
-        place."""
+    def _decoded(self, pipeline: PicturePipeline, pictures: Callable[[int], Pictures], step: int) -> torch.Tensor:
+        """The pipeline's next batch. A damaged file costs that image only: another of the same identity takes its
+        place, chosen by a pure function, whether the damage was known before or is found now."""
         try:
             return pipeline.next()
         except DecodeError as error:
-            damaged = set(error.paths)
-        paths, rows = list(pictures.paths), list(sample.rows)
-        boxes = pictures.boxes.copy()
-        for attempt in range(ATTEMPTS):
-            for path in sorted(damaged - self.damaged):
-                self.quarantine(path, "cannot be decoded", step)
-            self.damaged |= damaged
-            slots = [slot for slot, path in enumerate(paths) if path in self.damaged]
-            for slot in slots:
-                row = self.sampler.replacement(step, self.rank * len(rows) + slot, int(sample.rows[slot]), attempt)
-                paths[slot] = sample.stream.index.path(row)
-                if pipeline is self.clothes:
-                    paths[slot], box = sample.stream.index.clothes_picture(row)
-                    boxes[slot] = np.asarray(box, dtype=np.float32)
-            self.replaced += len(slots)
-            if self.replaced > max(20, MOST_DAMAGED * self.drawn):
+            damaged = error.paths
+        while True:
+            for path in damaged:
+                if path not in self.damaged:
+                    self.quarantine(path, "cannot be decoded", step)
+            self.damaged |= set(damaged)
+            if len(self.damaged) > max(20, MOST_DAMAGED * self.drawn):
                 raise InputError(
-                    f"{self.replaced} of {self.drawn} images drawn cannot be decoded (quarantine.jsonl names them); "
+                    f"{len(self.damaged)} damaged files among {self.drawn} images drawn (quarantine.jsonl names them); "
                     "repair the data set"
                 )
             try:
-                return pipeline.again(pictures._replace(paths=paths, boxes=boxes))
-            except RuntimeError:
-                damaged = {path for path in paths if not pipeline.decodes(path)}
-        raise InputError(f"{sample.stream.name}: no readable image found for identities of micro-step {step}")
+                return pipeline.again(pictures(step))
+            except DecodeError as error:
+                damaged = error.paths

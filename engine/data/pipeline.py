@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -83,32 +83,41 @@ class PicturePipeline:
         }
         self.pipe = _graph(lambda number: source(start + number), **self.settings)
         self.pipe.build()
+        self.spare: Pipeline | None = None
 
     def next(self) -> Tensor:
-        """[B, 3, H, W] float32 on the device. DecodeError names damaged files; the following call goes on after
-        them."""
+        """[B, 3, H, W] float32 on the device. DecodeError names damaged files; the next call goes on behind them."""
         number, self.number = self.number, self.number + 1
         try:
             return _to_torch(self.pipe.run())
         except RuntimeError as error:
-            pictures = self.source(number)
-            damaged = [path for path in dict.fromkeys(pictures.paths) if not self.decodes(path)]
-            if not damaged:
-                raise
-            raise DecodeError(damaged) from error
+            self._name_damaged(self.source(number), error)
 
     def again(self, pictures: Pictures) -> Tensor:
         """One batch outside the sequence, with the same graph: how a batch is made once more without a damaged file."""
-        pipe = _graph(lambda _: pictures, **self.settings)
-        pipe.build()
-        return _to_torch(pipe.run())
-
-    def decodes(self, path: Path) -> bool:
         try:
-            self.again(plain([path]))
-        except (RuntimeError, OSError):
-            return False
-        return True
+            return self._by_spare(pictures)
+        except RuntimeError as error:
+            self._name_damaged(pictures, error)
+
+    def _name_damaged(self, pictures: Pictures, error: RuntimeError) -> NoReturn:
+        damaged = []
+        for path in dict.fromkeys(pictures.paths):
+            try:
+                self._by_spare(plain([path]))
+            except RuntimeError:
+                damaged.append(path)
+        if not damaged:
+            raise error
+        raise DecodeError(damaged) from error
+
+    def _by_spare(self, pictures: Pictures) -> Tensor:
+        """Through a second pipeline of the same graph, fed by hand. It is built once and kept: building one for each
+        batch with a damaged file crashes DALI 2.4 while the first is reading ahead."""
+        if self.spare is None:
+            self.spare = _graph(None, **self.settings)
+            self.spare.build()
+        return _to_torch(self.spare.run(**_inputs(pictures, **self.settings)))
 
 
 def _read(path: Path) -> NDArray[np.uint8]:
@@ -120,8 +129,19 @@ def _read(path: Path) -> NDArray[np.uint8]:
     return content if len(content) else np.zeros(1, dtype=np.uint8)
 
 
+def _inputs(pictures: Pictures, *, augment: bool, colour_jitter: float, **_: Any) -> dict[str, list[NDArray]]:
+    """The graph's inputs by name: file contents, then the numbers that its steps read."""
+    numbers = {"box": pictures.boxes}
+    if augment:
+        numbers |= pictures.augmentation._asdict()
+        if not colour_jitter:
+            del numbers["jitter"]
+    encoded = [_read(path) for path in pictures.paths]
+    return {"encoded": encoded, **{name: [np.asarray(row) for row in rows] for name, rows in numbers.items()}}
+
+
 def _graph(
-    source: Callable[[int], Pictures],
+    source: Callable[[int], Pictures] | None,
     *,
     size: tuple[int, int],
     batch: int,
@@ -130,30 +150,36 @@ def _graph(
     threads: int,
     colour_jitter: float,
 ) -> Pipeline:
-    """The steps an image goes through, top to bottom."""
+    """The steps an image goes through, top to bottom. source None: every batch is given to `run`."""
     types: Any = dali_types  # its names are made when it is imported
     gpu = device.type == "cuda"
-    used = 0 if not augment else 4 if colour_jitter else 3  # parts of Augmentation that the graph reads
-
-    def inputs(number: int) -> list[list[NDArray]]:
-        pictures = source(number)
-        numbers = (pictures.boxes, *pictures.augmentation[:used])
-        return [[_read(path) for path in pictures.paths], *([np.asarray(row) for row in part] for part in numbers)]
-
+    names = list(_inputs(plain([]), augment=augment, colour_jitter=colour_jitter))
+    kinds = [types.UINT8, *[types.FLOAT] * (len(names) - 1)]
+    sizes = [0 if name == "flip" else 1 for name in names]
     pipe = Pipeline(
         batch_size=batch,
         num_threads=threads,
         device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=2,
+        prefetch_queue_depth=1 if source is None else 2,
     )
     with pipe:
-        encoded, box, *random = fn.external_source(
-            source=inputs,
-            num_outputs=2 + used,
-            batch=True,
-            dtype=[types.UINT8, *[types.FLOAT] * (1 + used)],
-            ndim=[1, 1, 0, 1, 1, 1][: 2 + used],
-        )
+        if source is None:
+            parts: Any = [
+                fn.external_source(name=name, dtype=kind, ndim=ndim)
+                for name, kind, ndim in zip(names, kinds, sizes, strict=True)
+            ]
+        else:
+            read = source
+            parts = fn.external_source(
+                source=lambda number: list(
+                    _inputs(read(number), augment=augment, colour_jitter=colour_jitter).values()
+                ),
+                num_outputs=len(names),
+                batch=True,
+                dtype=kinds,
+                ndim=sizes,
+            )
+        encoded, box, *random = parts
         images: Any = fn.decoders.image(
             encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
         )
@@ -177,7 +203,7 @@ def _graph(
                 out_of_bounds_policy="pad",
                 fill_values=0,
             )
-        if used == 4:
+        if augment and colour_jitter:
             jitter = random[3]
             images = fn.color_twist(
                 images,
@@ -208,5 +234,8 @@ def _graph(
 
 
 def _to_torch(outputs: tuple) -> Tensor:
-    """Own memory: DALI reuses its buffers after the next run."""
-    return torch.from_dlpack(outputs[0].as_tensor()).clone()
+    """Own memory: DALI reuses its buffers once the outputs are dropped, so the copy must be done by then."""
+    images = torch.from_dlpack(outputs[0].as_tensor()).clone()
+    if images.is_cuda:
+        torch.cuda.current_stream(images.device).synchronize()
+    return images

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -90,10 +89,6 @@ def build_tokenizer(sentences: Iterable[str], words: int = 30000) -> Tokenizer:
         single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
     )
     return tokenizer
-
-
-def load_tokenizer(file: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(file))
 
 
 def tokenize(tokenizer: Tokenizer, sentences: list[str], longest: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class Head(nn.Module):
             {"cls": nn.Linear(width, identities, bias=False), "fout": nn.Linear(2 * width, identities, bias=False)}
         )
         for weight in self.classify.parameters():
-            nn.init.normal_(weight, std=0.001)
+            nn.init.normal_(weight, std=0.03)  # so that each identity pulls its own way from the first step
 
 
 class Temperature(nn.Module):

@@ -55,7 +55,9 @@ class GlobalBatchNorm(nn.Module):
         if parallel:
             squares = _SumOverRanks.apply(squares)
         var = squares / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
+        with torch.no_grad():  # a batch that is not finite is skipped by training and must leave no trace here either
+            finite = torch.isfinite(mean) & torch.isfinite(var)
+            unbiased = var * n / (n - 1).clamp(min=1)
+            self.running_mean.lerp_(torch.where(finite, mean, self.running_mean), self.momentum)
+            self.running_var.lerp_(torch.where(finite, unbiased, self.running_var), self.momentum)
         return (x - mean) * (torch.rsqrt(var + self.eps) * self.weight)
