@@ -98,11 +98,12 @@ def parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
-    def run() -> None:
+    def run() -> int:
         try:
             args.command(args)
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+        return 0
 
     return options.run(run)
 

@@ -23,7 +23,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # not module: parallel runs interleave modules
 def run(mini, tmp_path_factory) -> Path:
     """Multi-task training and evaluation on the small drawn data, 12 steps."""
     output = tmp_path_factory.mktemp("mtl") / "run"
@@ -175,8 +175,10 @@ def test_zero_stages_train_and_evaluate_alike(mini, tmp_path, settings):
     losses = [[row["loss"] for row in lines(tmp_path / stage / "log.jsonl")] for stage in stages]
     assert losses[1] == pytest.approx(losses[0], rel=0.02 if "bf16" in settings else 1e-5)
     weights = [load_file(checkpoint.find(tmp_path / stage) / "model.safetensors") for stage in stages]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=0.02 if "bf16" in settings else 1e-4)
+    whole = [torch.cat([value.float().flatten() for _, value in sorted(part.items())]) for part in weights]
+    assert (whole[1] - whole[0]).norm() < (1e-2 if "bf16" in settings else 1e-3) * whole[0].norm()
+    metrics = [json.loads((tmp_path / stage / "metrics.json").read_text())["mean_mAP"] for stage in stages]
+    assert metrics[1] == pytest.approx(metrics[0], abs=0.02)
 
 
 def test_single_task_on_a_market_folder_with_24_identities(mini, tmp_path):

@@ -582,7 +582,7 @@ def write_mini(
     seed           decides every byte, together with the four sizes; the number of workers does not
     train_ids      people who train, per data set (twice as many in CUHK-PEDES and SYNTH-PEDES); at least 4
     test_ids       people who are tested, per data set, others than those who train; at least 4
-    images_per_id  pictures of each, about (the layouts differ); at least 8
+    images_per_id  pictures of each, about (the layouts differ); at least 6
     workers        processes; None = one per core, at most 16
     datasets       names of LAYOUTS to write; None = all ten
     progress       called with (pictures written, pictures in all)
@@ -596,7 +596,7 @@ def write_mini(
     for name, value, least in (
         ("train_ids", train_ids, 4),
         ("test_ids", test_ids, 4),
-        ("images_per_id", images_per_id, 8),
+        ("images_per_id", images_per_id, 6),
     ):
         if value < least:
             raise InputError(f"mini: {name} must be at least {least}, got {value}")
