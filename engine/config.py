@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "clothes_size", tuple(self.clothes_size))
+        if self.patch < 1 or (self.stem == "conv" and self.patch & (self.patch - 1)):
+            raise InputError(f"patch {self.patch}: expected a positive number, with a conv stem a power of two")
         for what in ("image_size", "clothes_size"):
             size = getattr(self, what)
             if len(size) != 2 or any(side <= 0 or side % self.patch for side in size):
@@ -128,7 +131,7 @@ class TrainConfig:
             if getattr(self, name) < bound:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
         for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "clip"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.feature not in ("cls", "fout", "concat"):
             raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
@@ -159,7 +162,12 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     except ValueError as error:
         raise InputError(f"--config {name}: not JSON ({error})") from error
     known = {item.name for item in fields(ModelConfig)}
+    if not isinstance(values, dict):
+        raise InputError(f"--config {name}: expected a JSON object of model fields")
     extra = sorted(set(values) - known)
     if extra:
         raise InputError(f"--config {name}: unknown fields {', '.join(extra)}; known: {', '.join(sorted(known))}")
-    return ModelConfig(**{"name": path.stem, **values, **changes})
+    try:
+        return ModelConfig(**{"name": path.stem, **values, **changes})
+    except TypeError as error:
+        raise InputError(f"--config {name}: a field has the wrong type ({error})") from error

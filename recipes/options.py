@@ -127,7 +127,7 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     for key in ("seed", "resume", "quick", "save_features", "log_samples"):
         values[key] = getattr(args, key)
     if args.deepspeed_config:
-        values["deepspeed"] = _json(args.deepspeed_config)
+        values["deepspeed"] = _deepspeed_settings(args.deepspeed_config)
     if getattr(args, "tasks", None):
         values["tasks"] = tuple(args.tasks.split(","))
     if getattr(args, "dataset", None):
@@ -196,13 +196,28 @@ def is_real(data: str | Path) -> bool:
     return not (Path(data) / "mini.json").exists()
 
 
-def _json(file: str) -> dict[str, Any]:
+# What the engine sets itself, or what would cast the whole model where autocast keeps the losses in float32.
+OURS = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"]
+OURS += ["optimizer", "scheduler", "fp16", "bf16", "amp", "elasticity", "sparse_gradients"]
+
+
+def _deepspeed_settings(file: str) -> dict[str, Any]:
+    """A DeepSpeed configuration without the keys that the engine owns."""
     try:
-        return json.loads(Path(file).read_text())
+        settings = json.loads(Path(file).read_text())
     except OSError as error:
         raise InputError(f"--deepspeed_config {file}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"--deepspeed_config {file}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--deepspeed_config {file}: expected a JSON object")
+    owned = [key for key in OURS if key in settings]
+    if owned:
+        raise InputError(
+            f"--deepspeed_config {file}: remove {', '.join(owned)}; the recipe's options set batch, optimiser and "
+            "clipping, half precision by torch_autocast (see recipes/deepspeed/zero1_bf16.json)"
+        )
+    return settings
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -119,6 +119,8 @@ def test_same_seed_same_run_and_resuming_is_the_same(run, mini, tmp_path):
     options = ("recipes/mtl.py", "--data", mini, *QUICK, "--no-eval", "--output", first)
     assert recipe(*options, "--steps", "12", "--checkpoint-every", "5").returncode == 0
     losses = [row["stream_loss"] for row in lines(run / "log.jsonl")]
+    weights = [(folder / "checkpoints/step-00000012/model.safetensors").read_bytes() for folder in (run, first)]
+    assert weights[0] == weights[1]  # and so the same metrics
     assert [row["stream_loss"] for row in lines(first / "log.jsonl")] == losses
     # a run that was killed after its checkpoint at step 10
     (first / "checkpoints" / "latest").write_text("step-00000010\n")

@@ -1,0 +1,72 @@
+"""Options and files a user writes: the right configuration, or one line that names what is wrong."""
+
+import json
+
+import pytest
+
+from engine.config import MODELS, TrainConfig, model_config
+from engine.errors import InputError
+from recipes import options
+
+
+def config(*arguments: str) -> TrainConfig:
+    parser = options.training_parser("test")
+    options.add_tasks(parser)
+    return options.training_config("mtl", parser.parse_args([*arguments]))
+
+
+def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
+    mini, real = config(), config("--data", "somewhere")
+    assert (mini.model, mini.steps, mini.ids) == (MODELS["irm_tiny"], 750, 16)
+    assert (real.model, real.steps, real.lr, real.warmup) == (MODELS["irm_base"], 24000, 1e-5, 1000)
+    assert (real.ids, real.images_per_id, real.weight_decay, real.margin) == (32, 4, 5e-4, 0.3)
+    assert config("--steps", "10").warmup == 2
+    assert config("--steps", "10", "--warmup", "7").warmup == 7
+    assert config("--image-size", "384x192", "--config", "irm_base").model.image_size == (384, 192)
+
+
+def test_a_configuration_survives_its_file():
+    one = config("--tasks", "vi,trad", "--seed", "3")
+    assert TrainConfig.from_json(one.to_json()) == one
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "expected a JSON object"),
+        ("{", "not JSON"),
+        ('{"bf16": {"enabled": true}}', "remove bf16; .*torch_autocast"),
+        ('{"train_batch_size": 8, "optimizer": {}}', "remove train_batch_size, optimizer"),
+    ],
+)
+def test_deepspeed_settings(tmp_path, content, message):
+    file = tmp_path / "settings.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        config("--deepspeed_config", str(file))
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    assert config("--deepspeed_config", str(file)).deepspeed == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": 100, "heads": 3}, "not a multiple of heads"),
+        ({"patch": 0}, "patch 0"),
+        ({"patch": 12, "stem": "conv"}, "patch 12"),
+        ({"depht": 3}, "unknown fields depht"),
+        ({"width": "wide"}, "wrong type"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_model_files(tmp_path, values, message):
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        model_config(str(file))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_rates_are_finite(value):
+    with pytest.raises(InputError, match="--lr"):
+        config(f"--lr={value}")
