@@ -10,14 +10,15 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from engine.data.datasets import DATASETS
-from engine.data.datasets._base import DataSet, locate
+from engine.data.datasets._base import FILE, FOLDER, DataSet, entries, kind_of, locate, unreadable
+from engine.data.datasets.datalist import has_lists, holds, records
 from engine.data.record import MODALITIES, SPLITS, Record
 from engine.errors import InputError
 
@@ -33,7 +34,7 @@ SCHEMA = pa.schema(
         ("clothes_picture", pa.large_string()),
     ]
 )
-FORMAT = 1  # raise when SCHEMA or a parser changes what it yields: older stored indexes are then rebuilt
+FORMAT = 2  # raise when SCHEMA or a parser changes what it yields: older stored indexes are then rebuilt
 BATCH = 1 << 16  # records turned into columns at a time
 WIDEST = 10_000  # folders of one level that `fingerprint` reads
 
@@ -88,7 +89,7 @@ class Index:
         """Write the columns as an uncompressed Arrow file (memory-mappable), atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + f".part{os.getpid()}")
-        metadata = {"fingerprint": fingerprint(self.root), "format": str(FORMAT)}
+        metadata = {"fingerprint": _fingerprint(self.dataset, self.root), "format": str(FORMAT)}
         table = self.table.replace_schema_metadata(metadata)
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
@@ -104,7 +105,7 @@ class Index:
         except (pa.ArrowInvalid, OSError):
             return None
         stored = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        if stored != {"fingerprint": fingerprint(root), "format": str(FORMAT)}:
+        if stored != {"fingerprint": _fingerprint(dataset, root), "format": str(FORMAT)}:
             return None
         return cls(dataset, root, table)
 
@@ -112,9 +113,9 @@ class Index:
 def build_index(dataset: DataSet, root: Path) -> Index:
     """Parse one data set's folder (no image is decoded). InputError where the tree is malformed or holds no image."""
     try:
-        table = _to_table(dataset.parse(root))
+        table = _to_table(records(dataset, root))
     except UnicodeEncodeError as error:
-        raise InputError(f"{root}: {error.object!r} is not UTF-8; rename it") from None
+        raise InputError(f"{root}: the name {error.object!r:.200} is not UTF-8; rename it") from None
     if not len(table):
         raise InputError(f"{dataset.title}: no image found in {root}; expected the layout its authors distribute")
     return Index(dataset, root, table)
@@ -133,8 +134,12 @@ def find_indexes(data: Path, names: Sequence[str] | None = None) -> list[Index]:
 
 def find_roots(data: Path, names: Sequence[str] | None = None) -> list[tuple[DataSet, Path]]:
     """The data sets of `find_indexes` and their folders, unopened."""
-    if not data.is_dir():
-        raise InputError(f"--data {data}: no such folder")
+    if not os.path.isdir(data):
+        raise InputError(f"--data {data}: {'a folder is expected' if os.path.exists(data) else 'no such folder'}")
+    try:
+        os.listdir(data)
+    except OSError as error:
+        raise unreadable(data, error) from None
     for name in names or ():
         if name not in (known := [dataset.name for dataset in DATASETS]):
             raise InputError(f"--dataset {name}: unknown; choose from {', '.join(known)}")
@@ -150,18 +155,39 @@ def find_roots(data: Path, names: Sequence[str] | None = None) -> list[tuple[Dat
             raise InputError(f"--dataset {dataset.name}: not found in {data} (looked for the folders {looked})")
     if not found:
         folders = ", ".join(folder for dataset in DATASETS for folder in dataset.folders[:1])
-        raise InputError(f"--data {data}: no known data set in it (looked for {folders}, ...)")
+        raise InputError(f"--data {data}: no known data set in it (looked for {folders}, ...){_hint(data)}")
     return found
 
 
 def find_root(dataset: DataSet, data: Path) -> Path | None:
-    """The first of the data set's folder names that exists below `data` (any case), or the folder it is nested in."""
-    below = sorted(path for path in data.iterdir() if path.is_dir())
-    for folder in dataset.folders:
-        hits = [path for path in below if path.name.lower() == folder.lower()]
-        if hits:
-            return locate(next((path for path in hits if path.name == folder), hits[0]), dataset.holds)
-    return None
+    """The data set's folder below `data`, or the folder in it that the data set is nested in; None = no such name.
+
+    Of several copies the first in the order of the data set's folder names is taken (of names that differ in case, as
+    it is spelt there): one in the authors' layout, else one with datalists, else whichever, whose parser says what is
+    missing.
+    """
+    below = [name for name in entries(data) if os.path.isdir(data / name)]
+    named = [
+        data / name
+        for folder in dataset.folders
+        for name in sorted(below, key=lambda name: name != folder)
+        if name.lower() == folder.lower()
+    ]
+    tests: tuple[Callable[[Path], bool], ...] = (lambda at: holds(at, dataset.holds), has_lists)
+    for test in tests:
+        for folder in named:
+            if found := locate(folder, test):
+                return found
+        if "." in dataset.folders and test is tests[0] and test(data):
+            return data
+    return named[0] if named else None
+
+
+def _hint(data: Path) -> str:
+    """Whether `--data` names a data set itself."""
+    name = data.resolve().name.lower()
+    itself = [dataset.title for dataset in DATASETS if name in (folder.lower() for folder in dataset.folders)]
+    return f"; it looks like {itself[0]} itself: give the folder that holds it" if itself else ""
 
 
 def stored_index(data: Path, dataset: DataSet) -> Path:
@@ -169,36 +195,43 @@ def stored_index(data: Path, dataset: DataSet) -> Path:
     return data / ".index" / f"{dataset.name}.arrow"
 
 
-def fingerprint(root: Path) -> str:
-    """Changes when a file below `root` is added or removed, or a list (txt, json, mat) is rewritten.
+def fingerprint(*roots: Path) -> str:
+    """Changes when a file below a root is added or removed, or a list (txt, json, mat) is rewritten.
 
     Levels with more than WIDEST folders, and what lies below them, are left out (SYNTH-PEDES: a folder per identity).
+    A folder that links lead to repeatedly is read once; one that cannot be read counts as empty.
     """
-    seen: list[object] = [root.name]
-    level = [str(root)]
+    seen: list[object] = [root.name for root in roots]
+    level, known = [str(root) for root in roots], set[tuple[int, int]]()
     while 0 < len(level) <= WIDEST:
         below = []
         for folder in level:
-            seen.append((os.path.relpath(folder, root), os.stat(folder).st_mtime_ns))
-            with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
-                    if entry.is_dir():
-                        if not (entry.is_symlink() and _is_above(entry.path, folder)):
-                            below.append(entry.path)
-                    elif _is_list(entry.name) and entry.is_file():
-                        stat = entry.stat()
-                        seen.append((entry.name, stat.st_size, stat.st_mtime_ns))
+            try:
+                stat = os.stat(folder)
+                with os.scandir(folder) as found:
+                    inside = sorted(found, key=lambda entry: entry.name)
+            except OSError:
+                continue
+            seen.append((os.path.relpath(folder, roots[0]), stat.st_mtime_ns))
+            if (stat.st_dev, stat.st_ino) in known:
+                continue
+            known.add((stat.st_dev, stat.st_ino))
+            for entry in inside:
+                kind = kind_of(entry)
+                if kind == FOLDER:
+                    below.append(entry.path)
+                elif kind == FILE and entry.name.lower().endswith((".txt", ".json", ".mat")):
+                    stat = entry.stat()
+                    seen.append((entry.name, stat.st_size, stat.st_mtime_ns))
         level = below
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def _is_list(name: str) -> bool:
-    return name.endswith((".txt", ".json", ".mat"))
-
-
-def _is_above(link: str, folder: str) -> bool:
-    """Whether a link leads back to where it lies, so that following it would not end."""
-    return (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(link) + os.sep)
+def _fingerprint(dataset: DataSet, root: Path) -> str:
+    """Of the folder, or of the data set's parts in it where it may be one that holds other data sets, too."""
+    if "." not in dataset.folders:
+        return fingerprint(root)
+    return fingerprint(*(root / name for name in entries(root) if name.lower() in dataset.holds))
 
 
 def _to_table(records: Iterable[Record]) -> pa.Table:

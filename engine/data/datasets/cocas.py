@@ -11,96 +11,72 @@ and beside them OmniReID's annotations, `image instruction pid clothes [camera]`
 where the instruction is a clothes picture or (`_attr`) a key of a JSON {key: sentence}. They add clothes crops and
 captions to the authors' lists, joined by image, pid and clothes, and stand in for them where those are missing. Fields
 are separated by tabs, commas or spaces. A path is looked for in the list's part (real1, real2), in the root, and in the
-part's `images` or `templates`. The outfit key is "<pid>-<clothes>"; Real1 and Real2 number identities independently. A
-missing camera is 0 in train, -1 in query and -2 in gallery (as in the released code: no pair shares a camera).
+part's `images` or `templates`. `real1` and `real2` may lie in `--data` itself. The outfit key is "<pid>-<clothes>";
+Real1 and Real2 number identities independently. A missing camera is 0 in train, -1 in query and -2 in gallery (as in
+the released code: no pair shares a camera).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from engine.data.datasets._base import UNPACK, DataSet, Files, lines, read_json, sentences, whole
+from engine.data.datasets._base import UNPACK, DataSet, Files
+from engine.data.datasets.datalist import UNKNOWN_CAMERA, Row, caption, captions, rows
 from engine.data.record import Record
 from engine.errors import InputError
 
-UNKNOWN_CAMERA = {"train": 0, "query": -1, "gallery": -2}
 DATALISTS = {  # split -> clothes pictures, caption keys
     "train": ("train_ctcc.txt", "train_attr.txt"),
     "query": ("query.txt", "query_attr.txt"),
     "gallery": ("gallery.txt", "gallery_attr.txt"),
 }
 TEMPLATE, NO_TEMPLATE = "image template pid clothes camera", "image pid clothes camera"
-DATALIST = "image instruction pid clothes camera"
-
-
-class Row(NamedTuple):
-    """One line of a list. The key joins lists: (image path, pid, clothes)."""
-
-    where: str
-    key: tuple[str, int, int]
-    camera: int | None
-    instruction: str  # "" where the list has none
 
 
 def parse(root: Path) -> Iterator[Record]:
     files = Files(root)
-    parts = {name.lower(): name for name in files.folders("")}
-    if not parts.keys() & {"real1", "real2"}:
+    if not (files.holds("real1") or files.holds("real2")):
         raise InputError(f"{root}: neither real1 nor real2 in it; {UNPACK}")
-    if "real1" in parts:
-        part = parts["real1"]
-        texts = [name for name in files.names(part) if name.endswith(".txt") and "readme" not in name.lower()]
-        yield from _split(files, part, "train", ["train.txt"] if "train.txt" in texts else texts, TEMPLATE)
-    if "real2" in parts:
+    if files.holds("real1"):
+        part = files.folder("real1")
+        texts = [name for name in files.names(part) if (low := name.lower()).endswith(".txt") and "readme" not in low]
+        train = [name for name in texts if name.lower() == "train.txt"]
+        yield from _split(files, part, "train", train or texts, TEMPLATE)
+    if files.holds("real2"):
+        part = files.folder("real2")
         for split, columns in ("query", TEMPLATE), ("gallery", NO_TEMPLATE):
-            native = [f"{split}.txt"] if f"{parts['real2']}/{split}.txt" in files else []
-            yield from _split(files, parts["real2"], split, native, columns)
+            native = [f"{split}.txt"] if files.find(f"{part}/{split}.txt") else []
+            yield from _split(files, part, split, native, columns)
 
 
 def _split(files: Files, part: str, split: str, native: list[str], columns: str) -> list[Record]:
     """Join the authors' list of a split with OmniReID's two."""
     pictures, attributes = (
-        _rows(files, part, f"datalist/{name}", DATALIST) if f"{part}/datalist/{name}" in files else []
+        rows(files, f"{part}/datalist/{name}", part) if files.find(f"{part}/datalist/{name}") else []
         for name in DATALISTS[split]
     )
-    own = [row for name in native for row in _rows(files, part, name, columns)]
+    own = [row for name in native for row in rows(files, f"{part}/{name}", part, columns)]
     base = own or pictures or list({row.key: row for row in attributes}.values())
     if not base:
         looked = f"{split}.txt or datalist/{' or datalist/'.join(DATALISTS[split])}"
         raise InputError(f"{files.root / part}: no list of {split} images (looked for {looked}); {UNPACK}")
     picture = {row.key: _picture(files, part, row) for row in pictures}
-    caption: dict[tuple[str, int, int], tuple[str, ...]] = {}
-    known = _sentences(files, part) if attributes else {}
+    texts: dict[tuple[str, int, int], tuple[str, ...]] = {}
+    known = captions(files, f"{part}/datalist") if attributes else {}
     for row in attributes:
-        if row.instruction not in known:
-            raise InputError(f"{row.where}: no sentence for {row.instruction!r} in {files.root / part}/datalist/*.json")
-        caption[row.key] = tuple(dict.fromkeys(caption.get(row.key, ()) + known[row.instruction]))
-    if attributes and not any(row.key in caption for row in base):
+        own_texts = caption(files, f"{part}/datalist", known, row)
+        texts[row.key] = tuple(dict.fromkeys(texts.get(row.key, ()) + own_texts))
+    if attributes and not any(row.key in texts for row in base):
         raise InputError(f"{attributes[0].where}: no line agrees with {base[0].where} in image, pid and clothes")
     records = []
     for row in base:
         path, pid, clothes = row.key
         shown = _picture(files, part, row) if row.instruction and (own or pictures) else picture.get(row.key, "")
         camera = UNKNOWN_CAMERA[split] if row.camera is None else row.camera
-        records.append(Record(path, pid, camera, split, f"{pid}-{clothes}", "vis", caption.get(row.key, ()), shown))
-    return sorted(records)
-
-
-def _rows(files: Files, part: str, name: str, columns: str) -> list[Row]:
-    """Lines of a list whose columns are named; the camera may be missing where an instruction stands in the line."""
-    rows, instructed = [], columns != NO_TEMPLATE
-    for where, line in lines(files.root / part / name):
-        separator = next((mark for mark in "\t," if mark in line), None)
-        fields = [field.strip() for field in line.split(separator)]
-        if len(fields) not in ((4, 5) if instructed else (4,)):
-            raise InputError(f"{where}: expected '{columns}', got {len(fields)} fields")
-        image, instruction = fields[0], fields.pop(1) if instructed else ""
-        pid, clothes, *camera = (whole(where, field) for field in fields[1:])
-        path = files.listed(where, f"{part}/{image}", image, f"{part}/images/{image}")
-        rows.append(Row(where, (path, pid, clothes), camera[0] if camera else None, instruction))
-    return rows
+        outfit = f"{pid}-{clothes}" if clothes >= 0 else ""
+        records.append(Record(path, pid, camera, split, outfit, "vis", texts.get(row.key, ()), shown))
+    return sorted(set(records))
 
 
 def _picture(files: Files, part: str, row: Row) -> str:
@@ -108,23 +84,10 @@ def _picture(files: Files, part: str, row: Row) -> str:
     return files.listed(row.where, f"{part}/{name}", name, f"{part}/templates/{name}")
 
 
-def _sentences(files: Files, part: str) -> dict[str, tuple[str, ...]]:
-    """Caption key -> sentences, of every JSON in the part's datalist."""
-    known: dict[str, tuple[str, ...]] = {}
-    names = [name for name in files.names(f"{part}/datalist") if name.endswith(".json")]
-    for name in names:
-        file = files.root / part / "datalist" / name
-        table = read_json(file)
-        if not isinstance(table, dict):
-            raise InputError(f"{file}: expected {{key: sentence}}")
-        known.update({key: sentences(f"{file}: {key!r}", value) for key, value in table.items()})
-    return known
-
-
 DATASET = DataSet(
     name="cocas",
     title="COCAS+",
-    folders=("COCAS+", "COCAS", "COCAS-plus", "cocas_plus"),
+    folders=("COCAS+", "COCAS", "COCAS-plus", "cocas_plus", "."),
     holds=("real1", "real2"),
     parse=parse,
     trains=("ctcc", "li"),

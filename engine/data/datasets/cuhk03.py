@@ -11,75 +11,75 @@ it). Cameras are 1 and 2 from either. The authors' raw `cuhk-03.mat` has to be e
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from engine.data.datasets._base import UNPACK, DataSet, Files, read_json, whole
+from engine.data.datasets._base import UNPACK, DataSet, Files, once, read_json, whole
 from engine.data.record import Record
 from engine.errors import InputError
 
 IMAGES, JSON, MAT = "images_detected", "splits_new_detected.json", "cuhk03_new_protocol_config_detected.mat"
+RAW = ("cuhk-03.mat", "cuhk03_release/cuhk-03.mat")
 SPLITS = ("train", "query", "gallery")
-Row = tuple[str, str, int, int]  # where it is listed, image name, identity, camera
+Row = tuple[str, str, object, object]  # where it is listed, image name, identity, camera
 
 
 def parse(root: Path) -> Iterator[Record]:
-    if not (root / IMAGES).is_dir():
-        raw = [path for path in (root / "cuhk-03.mat", root / "cuhk03_release" / "cuhk-03.mat") if path.is_file()]
-        mend = f"extract the images and lists of {raw[0]} first" if raw else UNPACK
+    files = Files(root)
+    if not files.holds(IMAGES):
+        raw = [name for name in RAW if files.find(name)]
+        mend = f"extract the images and lists of {files.path(raw[0])} first" if raw else UNPACK
         raise InputError(f"{root}: no folder {IMAGES}; {mend} (expected {IMAGES}/*.png with {JSON} or {MAT})")
-    if (root / JSON).is_file():
-        rows = _from_json
-    elif (root / MAT).is_file():
-        rows = _from_mat
+    if files.find(JSON):
+        rows, file = _from_json, files.path(JSON)
+    elif files.find(MAT):
+        rows, file = _from_mat, files.path(MAT)
     else:
         raise InputError(f"{root}: neither {JSON} nor {MAT}; put one of them beside {IMAGES}")
-    files = Files(root)
     for split in SPLITS:
-        yield from sorted(
-            Record(files.listed(where, f"{IMAGES}/{name}"), pid, camera, split)
-            for where, name, pid, camera in rows(root, split)
+        yield from once(
+            (where, Record(files.listed(where, f"{IMAGES}/{name}"), whole(where, pid), whole(where, camera), split))
+            for where, name, pid, camera in rows(file, split)
         )
 
 
-def _from_json(root: Path, split: str) -> Iterator[Row]:
-    splits = read_json(root / JSON)
+def _from_json(file: Path, split: str) -> Iterator[Row]:
+    splits = read_json(file)
     try:
         rows = [(str(path), pid, camera) for path, pid, camera in splits[0][split]]
     except (KeyError, IndexError, TypeError, ValueError):
-        raise InputError(f"{root / JSON}: expected [{{'{split}': [[path, pid, camera], ...]}}]; {UNPACK}") from None
+        raise InputError(f"{file}: expected [{{'{split}': [[path, pid, camera], ...]}}]; {UNPACK}") from None
     for number, (path, pid, camera) in enumerate(rows):
-        where = f"{root / JSON}: {split}[{number}]"
-        yield where, posixpath.basename(path.replace("\\", "/")), whole(where, pid), whole(where, camera) + 1
+        where = f"{file}: {split}[{number}]"
+        yield where, posixpath.basename(path.replace("\\", "/")), pid, whole(where, camera) + 1
 
 
-def _from_mat(root: Path, split: str) -> Iterator[Row]:
+def _from_mat(file: Path, split: str) -> Iterator[Row]:
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
-        table = loadmat(root / MAT, squeeze_me=True)
+        table = loadmat(file, squeeze_me=True)
         keys = ("filelist", "labels", "camId", f"{split}_idx")
         names, pids, cameras, listed = (np.atleast_1d(table[key]) for key in keys)
         if min(listed) < 1:
             raise IndexError("an index below 1")
         rows = [(i, str(names[i - 1]), int(pids[i - 1]), int(cameras[i - 1])) for i in map(int, listed)]
-    except (KeyError, IndexError, TypeError, ValueError, NotImplementedError, MatReadError) as error:
-        raise InputError(
-            f"{root / MAT}: cannot read {split}_idx, filelist, labels, camId ({error}); {UNPACK}"
-        ) from None
-    yield from ((f"{root / MAT}: filelist({i})", name, pid, camera) for i, name, pid, camera in rows)
+    except Exception as error:  # from a damaged file scipy raises whatever its bytes lead to
+        raise InputError(f"{file}: cannot read {split}_idx, filelist, labels, camId ({error}); {UNPACK}") from None
+    yield from ((f"{file}: filelist({i})", name, pid, camera) for i, name, pid, camera in rows)
 
 
 DATASET = DataSet(
     name="cuhk03",
     title="CUHK03",
     folders=("cuhk03", "CUHK03", "cuhk03_release", "cuhk03-np", "cuhk"),
-    holds=(IMAGES, JSON, MAT, "cuhk-03.mat"),
+    holds=(JSON, MAT),
     parse=parse,
     trains=("trad",),
     protocols={"trad": ("cuhk03",)},
     images={"train": 7_365, "query": 1_400, "gallery": 5_332},
+    told=re.compile(r"[0-9]+_[0-9]+_(?P<camera>[12])_[0-9]+\.[^/]*$"),
 )

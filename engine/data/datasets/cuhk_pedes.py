@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.data.datasets._base import DataSet, Files, read_json, sentences, whole
+from engine.data.datasets._base import DataSet, Files, once, read_json, sentences, short, whole
 from engine.data.record import Record
 from engine.errors import InputError
 
@@ -23,7 +23,8 @@ IMAGES = {"train": 34_054, "val": 3_078, "test": 3_074}
 
 
 def parse(root: Path) -> Iterator[Record]:
-    file = next((root / name for name in LISTS if (root / name).is_file()), root / LISTS[0])
+    files, rows = Files(root), []
+    file = files.path(next((name for name in LISTS if files.find(name)), LISTS[0]))
     entries = read_json(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{file}: expected a list of {{file_path, captions, id, split}}")
@@ -35,25 +36,25 @@ def parse(root: Path) -> Iterator[Record]:
             )
         order = [split for split, count in IMAGES.items() for _ in range(count)]
         entries = [{**entry, "split": split} for entry, split in zip(entries, order, strict=True)]
-    files, records = Files(root), []
     for number, entry in enumerate(entries):
         where = f"{file}: entry {number}"
         try:
             listed, captions, pid, split = (entry[key] for key in ("file_path", "captions", "id", "split"))
         except KeyError as error:
             raise InputError(f"{where}: no {error}; copy the file again") from None
-        if split not in IMAGES:
-            raise InputError(f"{where}: split is one of {', '.join(IMAGES)}, got {split!r}")
+        if not (isinstance(split, str) and split in IMAGES):
+            raise InputError(f"{where}: split is one of {', '.join(IMAGES)}, got {short(split)}")
         path = files.listed(where, f"imgs/{listed}")
-        records.append(Record(path, whole(where, pid), 0, split, captions=sentences(where, captions)))
-    yield from sorted(records, key=lambda record: (list(IMAGES).index(record.split), record.path))
+        rows.append((where, Record(path, whole(where, pid), 0, split, captions=sentences(where, captions))))
+    for split in IMAGES:
+        yield from once(row for row in rows if row[1].split == split)
 
 
 DATASET = DataSet(
     name="cuhk_pedes",
     title="CUHK-PEDES",
     folders=("CUHK-PEDES", "CUHK_PEDES", "cuhk_pedes", "cuhkpedes"),
-    holds=("imgs", *LISTS),
+    holds=LISTS,
     parse=parse,
     trains=("t2i",),
     protocols={"t2i": ("cuhk_pedes", "cuhk_pedes:cosine")},

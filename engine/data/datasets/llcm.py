@@ -15,52 +15,56 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.data.datasets._base import UNPACK, DataSet, Files, lines, path_and_number, whole
+from engine.data.datasets._base import UNPACK, DataSet, Files, lines, once, path_and_number, whole
 from engine.data.record import MODALITIES, Record
 from engine.errors import InputError
 
-TRAIN = re.compile(r"[0-9]{4}_c([0-9]{2})_.*\.jpg")
-CAMERA = re.compile(r"cam([0-9]+)")
+TRAIN = re.compile(r"[0-9]{4}_c([0-9]{2})_.*(?i:\.jpg)")
+TEST = re.compile(r".*(?i:\.jpg)")
+CAMERA = re.compile(r"(?i:cam)([0-9]{1,9})")
 
 
 def parse(root: Path) -> Iterator[Record]:
     files = Files(root)
     for modality in MODALITIES:
         records = []
-        for where, listed, label in path_and_number(root / "idx" / f"train_{modality}.txt"):
+        for where, listed, label in path_and_number(files.path(f"idx/train_{modality}.txt")):
             path = files.listed(where, listed, f"{modality}/{listed}")
             name = TRAIN.fullmatch(Path(path).name)
             if name is None:
                 raise InputError(f"{where}: expected a name like 0001_c01_s001000_f0000_{modality}.jpg, got {listed!r}")
-            records.append(Record(path, label, int(name[1]), "train", modality=modality))
-        yield from sorted(records)
-    people = _test_people(root / "idx" / "test_id.txt")
+            records.append((where, Record(path, label, int(name[1]), "train", modality=modality)))
+        yield from once(records)
+    people = _test_people(files.path("idx/test_id.txt"))
     for modality in MODALITIES:
-        records = []
-        for camera in files.folders(f"test_{modality}"):
-            if number := CAMERA.fullmatch(camera):
-                for pid in people:
-                    folder = f"test_{modality}/{camera}/{pid:04d}"
-                    images = [f"{folder}/{name}" for name in files.names(folder) if name.endswith(".jpg")]
-                    records += [Record(image, pid, int(number[1]), "test", modality=modality) for image in images]
-        if not records:
+        images = [
+            Record(path, pid, int(number[1]), "test", modality=modality)
+            for camera, number in files.folders(f"test_{modality}", CAMERA, "cam1")
+            for pid in people
+            for path, _ in files.match(f"{camera}/{pid:04d}", TEST)
+        ]
+        if not images:
             raise InputError(f"{root}/test_{modality}: no image of the identities in idx/test_id.txt; {UNPACK}")
-        yield from records
+        yield from images
 
 
 def _test_people(file: Path) -> list[int]:
-    for where, line in lines(file):
-        return sorted({whole(where, number) for number in line.split(",") if number.strip()})
-    raise InputError(f"{file}: empty; {UNPACK}")
+    """Identities of the first line; of all lines where there is one on each."""
+    rows = [(where, line.replace(",", " ").split()) for where, line in lines(file)]
+    if not any(people for _, people in rows):
+        raise InputError(f"{file}: empty; {UNPACK}")
+    rows = rows[: len(rows) if len(rows[0][1]) == 1 else 1]
+    return sorted({whole(where, number) for where, people in rows for number in people})
 
 
 DATASET = DataSet(
     name="llcm",
     title="LLCM",
     folders=("LLCM", "llcm"),
-    holds=("idx", "test_vis"),
+    holds=("idx",),
     parse=parse,
     trains=("vi",),
     protocols={"vi": ("llcm:vis2ir", "llcm:ir2vis", "llcm:vis2ir:2023-06", "llcm:ir2vis:2023-06")},
     images={"train": 30_921, "test": 13_909},
+    told=re.compile(r"_c(?P<camera>[0-9]{2})_[^/]*_(?P<modality>vis|nir)\.[^/]*$"),
 )

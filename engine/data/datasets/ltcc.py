@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.data.datasets._base import DataSet, Files
 from engine.data.record import Record
 
-NAME = re.compile(r"([0-9]+)_([0-9]+)_c([0-9]+)_[0-9]+\.png")
+NAME = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_c([0-9]{1,9})_[0-9]+(?i:\.png)")
 FOLDERS = {"train": "train", "query": "query", "gallery": "test"}
 
 
@@ -26,7 +26,7 @@ def parse(root: Path) -> Iterator[Record]:
     for split, folder in FOLDERS.items():
         for path, name in files.match(folder, NAME, "000_1_c10_015833.png"):
             pid, clothes, camera = map(int, name.groups())
-            picture = f"clothes/{path}" if f"clothes/{path}" in files else ""
+            picture = files.find(f"clothes/{path}") or ""
             yield Record(path, pid, camera, split, clothes=f"{pid}-{clothes}", clothes_picture=picture)
 
 
@@ -39,4 +39,5 @@ DATASET = DataSet(
     trains=("cc", "ctcc"),
     protocols={"cc": ("ltcc:general", "ltcc:cc", "ltcc:sc")},
     images={"train": 9_576, "query": 493, "gallery": 7_050},
+    told=re.compile(r"[0-9]+_[0-9]+_c(?P<camera>[0-9]{1,9})_[^/]*$"),
 )

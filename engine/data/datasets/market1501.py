@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.data.datasets._base import DataSet, Files
 from engine.data.record import Record
 
-NAME = re.compile(r"(-1|[0-9]{4})_c([1-6])s[0-9]_[0-9]{6}_[0-9]{2}\.jpg")
+NAME = re.compile(r"(-1|[0-9]{4})_c([1-6])s[0-9]_[0-9]{6}_[0-9]{2}(?i:\.jpg)")
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
 
@@ -36,4 +36,5 @@ DATASET = DataSet(
     trains=("trad",),
     protocols={"trad": ("market1501",)},
     images={"train": 12_936, "query": 3_368, "gallery": 15_913},
+    told=re.compile(r"_c(?P<camera>[1-6])s[0-9]_"),
 )

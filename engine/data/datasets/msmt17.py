@@ -14,27 +14,27 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.data.datasets._base import DataSet, Files, path_and_number
+from engine.data.datasets._base import DataSet, Files, once, path_and_number
 from engine.data.record import Record
 from engine.errors import InputError
 
-NAME = re.compile(r"[0-9]+_[0-9]+_([0-9]{2})_.*\.jpg")
+NAME = re.compile(r"[0-9]+_[0-9]+_([0-9]{2})_.*(?i:\.jpg)")
 FOLDERS = {"train": "train", "val": "train", "query": "test", "gallery": "test"}
 
 
 def parse(root: Path) -> Iterator[Record]:
-    if (root / "mask_train_v2").is_dir() and not (root / "train").is_dir():
-        raise InputError(f"{root}: this is MSMT17_V2 (blurred faces), whose results do not compare; expected MSMT17_V1")
     files = Files(root)
+    if files.holds("mask_train_v2") and not files.holds("train"):
+        raise InputError(f"{root}: this is MSMT17_V2 (blurred faces), whose results do not compare; expected MSMT17_V1")
     for split, folder in FOLDERS.items():
         records = []
-        for where, listed, pid in path_and_number(root / f"list_{split}.txt"):
+        for where, listed, pid in path_and_number(files.path(f"list_{split}.txt")):
             path = files.listed(where, f"{folder}/{listed}")
             name = NAME.fullmatch(Path(path).name)
             if name is None:
                 raise InputError(f"{where}: expected a name like 0000_000_01_0303morning_0015_0.jpg, got {listed!r}")
-            records.append(Record(path, pid, int(name[1]), split))
-        yield from sorted(records)
+            records.append((where, Record(path, pid, int(name[1]), split)))
+        yield from once(records)
 
 
 DATASET = DataSet(
@@ -46,4 +46,5 @@ DATASET = DataSet(
     trains=("trad",),
     protocols={"trad": ("msmt17",)},
     images={"train": 30_248, "val": 2_373, "query": 11_659, "gallery": 82_161},
+    told=re.compile(r"[0-9]+_[0-9]+_(?P<camera>[0-9]{2})_[^/]*$"),
 )

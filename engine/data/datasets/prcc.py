@@ -15,29 +15,26 @@ from pathlib import Path
 from engine.data.datasets._base import DataSet, Files
 from engine.data.record import Record
 
-TRAIN = re.compile(r"([ABC])_.*\.jpg")
-TEST = re.compile(r".*\.jpg")
+TRAIN = re.compile(r"([ABC])_.*(?i:\.jpg)")
+TEST = re.compile(r".*(?i:\.jpg)")
+PERSON = re.compile(r"[0-9]{1,9}")
 
 
 def parse(root: Path) -> Iterator[Record]:
     files = Files(root)
-    rgb = "rgb/" if (root / "rgb").is_dir() else ""
+    rgb = "rgb/" if files.holds("rgb") else ""
     for split in ("train", "val"):
-        for pid in _people(files, f"{rgb}{split}"):
-            for path, name in files.match(f"{rgb}{split}/{pid}", TRAIN, "A_cropped_rgb001.jpg"):
-                yield _record(path, pid, name[1], split)
+        for folder, person in files.folders(f"{rgb}{split}", PERSON, "001"):
+            for path, name in files.match(folder, TRAIN, "A_cropped_rgb001.jpg"):
+                yield _record(path, int(person[0]), name[1], split)
     for camera in "ABC":
-        for pid in _people(files, f"{rgb}test/{camera}"):
-            for path, _ in files.match(f"{rgb}test/{camera}/{pid}", TEST, "cropped_rgb001.jpg"):
-                yield _record(path, pid, camera, "test")
+        for folder, person in files.folders(f"{rgb}test/{camera}", PERSON, "001"):
+            for path, _ in files.match(folder, TEST, "cropped_rgb001.jpg"):
+                yield _record(path, int(person[0]), camera, "test")
 
 
-def _people(files: Files, folder: str) -> list[str]:
-    return [name for name in files.folders(folder) if name.isascii() and name.isdigit()]
-
-
-def _record(path: str, pid: str, camera: str, split: str) -> Record:
-    return Record(path, int(pid), "ABC".index(camera), split, clothes=f"{int(pid)}{'C' if camera == 'C' else ''}")
+def _record(path: str, pid: int, camera: str, split: str) -> Record:
+    return Record(path, pid, "ABC".index(camera), split, clothes=f"{pid}{'C' if camera == 'C' else ''}")
 
 
 DATASET = DataSet(
@@ -49,4 +46,5 @@ DATASET = DataSet(
     trains=("cc",),
     protocols={"cc": ("prcc:single", "prcc:single:sc", "prcc:single_ac", "prcc:multi")},
     images={"train": 17_896, "val": 5_002, "test": 10_800},
+    told=re.compile(r"(?:^|/)(?P<camera>[ABC])[_/][^/]*(?:/[^/]*)?$"),
 )

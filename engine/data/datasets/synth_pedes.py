@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.data.datasets._base import UNPACK, DataSet, Files, sentences, whole
+from engine.data.datasets._base import DataSet, Files, opened, sentences, whole
 from engine.data.record import Record
 from engine.errors import InputError
 
@@ -26,8 +26,9 @@ SPACE = re.compile(r"\s*")
 
 def parse(root: Path) -> Iterator[Record]:
     files = Files(root)
-    for number, entry in enumerate(stream(root / LIST)):
-        where = f"{root / LIST}: entry {number}"
+    file = files.path(LIST)
+    for number, entry in enumerate(stream(file)):
+        where = f"{file}: entry {number}"
         try:
             listed, captions, pid = entry["file_path"], entry["captions"], entry["id"]
         except (KeyError, TypeError):
@@ -40,7 +41,7 @@ def stream(file: Path) -> Iterator[Any]:
     """The elements of a JSON array, with little more than one chunk of the file in memory."""
     decode, text, at, number = json.JSONDecoder().raw_decode, "", 0, 0
     try:
-        with file.open(encoding="utf-8-sig") as source:
+        with opened(file) as source:
             while True:
                 if len(text) - at < ENTRY:
                     text, at = text[at:] + source.read(CHUNK), 0
@@ -52,10 +53,10 @@ def stream(file: Path) -> Iterator[Any]:
                 value, at = decode(text, _skip(text, at + 1))
                 yield value
                 number += 1
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; {UNPACK}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error.reason
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "a number too long, or brackets too deep")
         raise InputError(f"{file}: damaged after entry {number} ({reason}); copy the file again") from None
 
 
@@ -67,7 +68,7 @@ DATASET = DataSet(
     name="synth_pedes",
     title="SYNTH-PEDES",
     folders=("SYNTH-PEDES", "SYNTH_PEDES", "synth_pedes", "synthpedes", "PLIP"),
-    holds=(LIST, "Part1"),
+    holds=(LIST,),
     parse=parse,
     trains=("t2i",),
     protocols={},

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.data.datasets._base import DataSet, Files
 from engine.data.record import Record
 
-NAME = re.compile(r"([0-9]+)-([0-9]+)-([0-9]+)-[0-9]+\.jpg")
+NAME = re.compile(r"([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})-[0-9]+(?i:\.jpg)")
 
 
 def parse(root: Path) -> Iterator[Record]:
@@ -34,4 +34,5 @@ DATASET = DataSet(
     trains=("cc",),
     protocols={"cc": ("vc_clothes:general", "vc_clothes:sc", "vc_clothes:cc")},
     images={"train": 9_449, "query": 1_020, "gallery": 8_591},
+    told=re.compile(r"[0-9]+-(?P<camera>[0-9]{1,9})-[0-9]+-[^/]*$"),
 )
