@@ -149,7 +149,7 @@ class Files:
     def folders(self, folder: str, pattern: re.Pattern[str], example: str) -> list[tuple[str, re.Match[str]]]:
         """(path, match) of the folders in `folder` whose whole name matches, sorted; InputError where there is none."""
         folder = self.folder(folder)
-        return self._match(folder, self._scan(folder).folders, pattern, f"folder named like {example}")
+        return self._match(folder, self._scan(folder).folders, pattern, f"folders named like {example}")
 
     def match(self, folder: str, pattern: re.Pattern[str], example: str = "") -> list[tuple[str, re.Match[str]]]:
         """(path, match) of the files in `folder` whose whole name matches, sorted; InputError where one of them is a
@@ -159,14 +159,14 @@ class Files:
         for name in sorted(listing.broken):
             if pattern.fullmatch(name):
                 raise InputError(f"{self.root / folder / name}: a link to nothing; mend or remove it")
-        return self._match(folder, listing.files, pattern, example and f"image named like {example}")
+        return self._match(folder, listing.files, pattern, example and f"images named like {example}")
 
     def _match(
         self, folder: str, names: set[str], pattern: re.Pattern[str], what: str
     ) -> list[tuple[str, re.Match[str]]]:
         found = [(posixpath.join(folder, name), hit) for name in sorted(names) if (hit := pattern.fullmatch(name))]
         if not found and what:
-            state = f"no {what}" if self.holds(folder) else f"no such folder; expected one with a {what}"
+            state = f"no {what}" if self.holds(folder) else f"no such folder; expected one with {what}"
             raise InputError(f"{self.root / folder}: {state}; {UNPACK}")
         return found
 

@@ -15,16 +15,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from engine.data.datasets._base import UNPACK, DataSet, Files, once, read_json, whole
+from engine.data.datasets._base import UNPACK, DataSet, Files, once, read_json, unreadable, whole
+from engine.data.datasets._matlab import read_matlab
 from engine.data.record import Record
 from engine.errors import InputError
 
 IMAGES, JSON, MAT = "images_detected", "splits_new_detected.json", "cuhk03_new_protocol_config_detected.mat"
 RAW = ("cuhk-03.mat", "cuhk03_release/cuhk-03.mat")
 SPLITS = ("train", "query", "gallery")
-Row = tuple[str, str, object, object]  # where it is listed, image name, identity, camera
+Row = tuple[str, str, str, object, object]  # split, where it is listed, image name, identity, camera
 
 
 def parse(root: Path) -> Iterator[Record]:
@@ -34,42 +33,47 @@ def parse(root: Path) -> Iterator[Record]:
         mend = f"extract the images and lists of {files.path(raw[0])} first" if raw else UNPACK
         raise InputError(f"{root}: no folder {IMAGES}; {mend} (expected {IMAGES}/*.png with {JSON} or {MAT})")
     if files.find(JSON):
-        rows, file = _from_json, files.path(JSON)
+        rows = list(_from_json(files.path(JSON)))
     elif files.find(MAT):
-        rows, file = _from_mat, files.path(MAT)
+        rows = list(_from_mat(files.path(MAT)))
     else:
         raise InputError(f"{root}: neither {JSON} nor {MAT}; put one of them beside {IMAGES}")
     for split in SPLITS:
         yield from once(
             (where, Record(files.listed(where, f"{IMAGES}/{name}"), whole(where, pid), whole(where, camera), split))
-            for where, name, pid, camera in rows(file, split)
+            for of, where, name, pid, camera in rows
+            if of == split
         )
 
 
-def _from_json(file: Path, split: str) -> Iterator[Row]:
-    splits = read_json(file)
+def _from_json(file: Path) -> Iterator[Row]:
+    table = read_json(file)
+    for split in SPLITS:
+        try:
+            rows = [(str(path), pid, camera) for path, pid, camera in table[0][split]]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise InputError(f"{file}: expected [{{'{split}': [[path, pid, camera], ...]}}]; {UNPACK}") from None
+        for number, (path, pid, camera) in enumerate(rows):
+            where = f"{file}: {split}[{number}]"
+            yield split, where, posixpath.basename(path.replace("\\", "/")), pid, whole(where, camera) + 1
+
+
+def _from_mat(file: Path) -> Iterator[Row]:
     try:
-        rows = [(str(path), pid, camera) for path, pid, camera in splits[0][split]]
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise InputError(f"{file}: expected [{{'{split}': [[path, pid, camera], ...]}}]; {UNPACK}") from None
-    for number, (path, pid, camera) in enumerate(rows):
-        where = f"{file}: {split}[{number}]"
-        yield where, posixpath.basename(path.replace("\\", "/")), pid, whole(where, camera) + 1
-
-
-def _from_mat(file: Path, split: str) -> Iterator[Row]:
-    from scipy.io import loadmat
-
-    try:
-        table = loadmat(file, squeeze_me=True)
-        keys = ("filelist", "labels", "camId", f"{split}_idx")
-        names, pids, cameras, listed = (np.atleast_1d(table[key]) for key in keys)
-        if min(listed) < 1:
-            raise IndexError("an index below 1")
-        rows = [(i, str(names[i - 1]), int(pids[i - 1]), int(cameras[i - 1])) for i in map(int, listed)]
-    except Exception as error:  # from a damaged file scipy raises whatever its bytes lead to
-        raise InputError(f"{file}: cannot read {split}_idx, filelist, labels, camId ({error}); {UNPACK}") from None
-    yield from ((f"{file}: filelist({i})", name, pid, camera) for i, name, pid, camera in rows)
+        table = read_matlab(file.read_bytes())
+        names, pids, cameras = (table[key] for key in ("filelist", "labels", "camId"))
+        for split in SPLITS:
+            for i in map(int, table[f"{split}_idx"]):
+                if i < 1:
+                    raise IndexError("an index below 1")
+                yield split, f"{file}: filelist({i})", str(names[i - 1]), int(pids[i - 1]), int(cameras[i - 1])
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        mend = "copy it again, or save it as version 5"
+        raise InputError(
+            f"{file}: cannot read filelist, labels, camId and {{train,query,gallery}}_idx ({error}); {mend}"
+        ) from None
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
 DATASET = DataSet(

@@ -18,6 +18,7 @@ positive junk (nor the easy ones of the query's own camera: such results are hig
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,13 +79,13 @@ def rows(files: Files, path: str, part: str = "", columns: str = COLUMNS, skip_j
     for where, line in lines(files.path(path)):
         values = fields(line)
         if len(values) not in ((4, 5) if instructed else (4,)):
-            raise InputError(f"{where}: expected '{columns}', got {len(values)} fields; separate them by tabs")
+            raise InputError(f"{where}: expected '{columns}', got {len(values)} fields; put tabs between the fields")
         image, instruction = values[0], values.pop(1) if instructed else ""
         if skip_junk and values[1] == "-1":
             continue
         pid = whole(where, values[1])
         clothes, *camera = (None if value == "-1" else whole(where, value) for value in values[2:])
-        image = files.listed(where, f"{part}/{image}" if part else image, image, f"{part}/images/{image}")
+        image = files.listed(where, posixpath.join(part, image), image, posixpath.join(part, "images", image))
         key = (image, pid, -1 if clothes is None else clothes)
         found.append(Row(where, key, camera[0] if camera else None, instruction))
     return found
@@ -94,7 +95,7 @@ def captions(files: Files, folder: str) -> dict[str, tuple[str, ...]]:
     """Caption key -> sentences, of every JSON in a folder."""
     known: dict[str, tuple[str, ...]] = {}
     for name in (name for name in files.names(folder) if name.lower().endswith(".json")):
-        file = files.path(f"{folder}/{name}" if folder else name)
+        file = files.path(posixpath.join(folder, name))
         table = read_json(file)
         if not isinstance(table, dict):
             raise InputError(f"{file}: expected {{key: sentence}}")
@@ -140,7 +141,7 @@ def _split(files: Files, folder: str, split: str) -> list[Row]:
     names = [name for name in files.names(folder) if (hit := LIST.fullmatch(name)) and hit[1].lower() == split]
     for whole_list in (f"{split}.txt", f"{split}_general.txt"):
         names = [name for name in names if name.lower() == whole_list] or names
-    return [row for name in names for row in rows(files, f"{folder}/{name}" if folder else name, skip_junk=True)]
+    return [row for name in names for row in rows(files, posixpath.join(folder, name), skip_junk=True)]
 
 
 def _told(dataset: DataSet, found: list[tuple[str, Row]]) -> tuple[list[int], list[str]]:
