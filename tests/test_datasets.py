@@ -1,6 +1,9 @@
 """Every parser on a tree of a few empty files (parsers open no image), and on trees that are damaged."""
 
+import errno
+import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import pytest
 from scipy.io import savemat
 
 from engine.data.datasets import DATASETS, synth_pedes
+from engine.data.datasets._matlab import read_matlab
 from engine.data.datasets.datalist import records
+from engine.data.index import find_root
 from engine.data.record import SPLITS, Record
 from engine.errors import InputError
 from engine.tasks import TASKS
@@ -42,6 +47,7 @@ CUHK03_RECORDS = [
     Record("images_detected/1_003_2_08.png", 5, 2, "query"),
     Record("images_detected/1_003_1_02.png", 5, 1, "gallery"),
 ]
+CUHK03_LIST = "splits_new_detected.json"
 CUHK03_IMAGES = images(*(record.path for record in CUHK03_RECORDS))
 
 TREES: dict[str, tuple[dict[str, object], list[Record]]] = {
@@ -248,16 +254,16 @@ DATALISTS: dict[str, tuple[dict[str, object], list[Record]]] = {  # data set/wha
     ),
     "prcc/one test split": (
         {
-            **images("rgb_/train/001/A_cropped_rgb001.jpg", "rgb_/test/A/005/cropped_rgb001.jpg"),
-            **images("rgb_/test/C/005/cropped_rgb002.jpg"),
-            "datalist/train.txt": "rgb_/train/001/A_cropped_rgb001.jpg white.jpg 1 3",
-            "datalist/query.txt": "rgb_/test/C/005/cropped_rgb002.jpg white.jpg 5 1",
-            "datalist/gallery.txt": "rgb_/test/A/005/cropped_rgb001.jpg white.jpg 5 0",
+            **images("images/rgb_/train/001/A_cropped_rgb001.jpg", "images/rgb_/test/A/005/cropped_rgb001.jpg"),
+            **images("images/rgb_/test/C/005/cropped_rgb002.jpg"),
+            "datalist/train.txt": "images/rgb_/train/001/A_cropped_rgb001.jpg white.jpg 1 3",
+            "datalist/query.txt": "images/rgb_/test/C/005/cropped_rgb002.jpg white.jpg 5 1",
+            "datalist/gallery.txt": "images/rgb_/test/A/005/cropped_rgb001.jpg white.jpg 5 0",
         },
         [
-            Record("rgb_/train/001/A_cropped_rgb001.jpg", 1, 0, "train", "1-3"),
-            Record("rgb_/test/A/005/cropped_rgb001.jpg", 5, 0, "test", "5-0"),
-            Record("rgb_/test/C/005/cropped_rgb002.jpg", 5, 2, "test", "5-1"),
+            Record("images/rgb_/train/001/A_cropped_rgb001.jpg", 1, 0, "train", "1-3"),
+            Record("images/rgb_/test/A/005/cropped_rgb001.jpg", 5, 0, "test", "5-0"),
+            Record("images/rgb_/test/C/005/cropped_rgb002.jpg", 5, 2, "test", "5-1"),
         ],
     ),
     "vc_clothes/suffix": (
@@ -384,6 +390,35 @@ DAMAGE = [
         "splits_new_detected.json: query[0]: lists images_detected/1_003_2_08.png",
     ),
     ("prcc", {"rgb/test/C/005/cropped_rgb002.jpg": None}, "rgb/test/C/005: no images named like cropped_rgb001.jpg"),
+    ("cuhk03", {CUHK03_LIST: [{**CUHK03, "query": [["1_001_1_01.png", -5, 1]]}]}, "query[0]: expected a whole number"),
+    (
+        "cuhk03",
+        {CUHK03_LIST: [{**CUHK03, "query": [["1_001_1_01.png", 5, True]]}]},
+        "query[0]: expected a whole number",
+    ),
+    ("cuhk03", {CUHK03_LIST: "[" * 9999}, "detected.json: not JSON (a number too long, or brackets too deep)"),
+    ("cuhk03", {CUHK03_LIST: "9" * 9999}, "detected.json: not JSON (a number too long, or brackets too deep)"),
+    (
+        "cuhk_pedes",
+        {"reid_raw.json": [{**PEDES, "id": 3.0}]},
+        "entry 0: expected a whole number, got 3.0",
+    ),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "id": None}]}, "entry 0: expected a whole number, got None"),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "id": 2**31}]}, "entry 0: expected a whole number, got 2147483648"),
+    (
+        "cuhk_pedes",
+        {"reid_raw.json": [{**PEDES, "split": ["train"]}]},
+        "entry 0: split is one of",
+    ),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "captions": ["\ud800"]}]}, "entry 0: expected a sentence or a list"),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "file_path": "a\x00"}]}, "entry 0: lists imgs/a\x00, which is not in"),
+    ("cuhk_pedes", {"reid_raw.json": [{**PEDES, "file_path": "../../x"}]}, "entry 0: lists '../x', which is not below"),
+    (
+        "cuhk_pedes",
+        {"reid_raw.json": [PEDES, {**PEDES, "id": 8}]},
+        "entry 1: lists imgs/Market/1 é_c1.jpg again",
+    ),
+    ("synth_pedes", {"synthpedes_dataset.json": "[" + "[" * 9999}, "dataset.json: damaged after entry 0 (a number too"),
     ("llcm", {"idx/test_id.txt": "4,two"}, "idx/test_id.txt:1: expected a whole number, got 'two'"),
     ("llcm", {"idx/test_id.txt": "\n"}, "idx/test_id.txt: empty"),
     ("llcm", {"idx/test_id.txt": "8"}, "test_vis: no image of the identities in idx/test_id.txt"),
@@ -415,6 +450,158 @@ def test_damaged_tree_names_place_and_mend(name, change, message, tmp_path):
     rejects(name, tmp_path, change, message)
 
 
+def test_lists_with_other_separators_and_line_ends(tmp_path):
+    tree, expected = TREES["msmt17"]
+    for separator, end in ((",", "\r\n"), (", ", "\n"), ("\t", "\r"), ("  ", "\n\n")):
+        root = write(tmp_path / repr(separator + end), tree)
+        for split in ("train", "val", "query", "gallery"):
+            text = str(tree[f"list_{split}.txt"]).replace("\ufeff", "").replace("\r\n\n", "\n").replace("\t", " ")
+            rows = [row.replace(" ", separator) + end for row in text.splitlines()]
+            (root / f"list_{split}.txt").write_bytes(b"\xef\xbb\xbf" + "".join(rows).encode())
+        assert parse("msmt17", root) == expected
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_other_case_of_folders_and_suffixes(name, tmp_path):
+    def spelt(file: str) -> str:
+        path = Path(file)
+        return str(Path(str(path.parent).upper()) / (path.stem + path.suffix.upper()))
+
+    tree, expected = TREES[name]
+    changed = {"path": spelt, "clothes_picture": lambda file: file and spelt(file)}
+    expected = [r._replace(**{field: change(getattr(r, field)) for field, change in changed.items()}) for r in expected]
+    assert parse(name, write(tmp_path, {spelt(file): text for file, text in tree.items()})) == expected
+
+
+def test_spelling_goes_before_case(tmp_path):
+    root = write(tmp_path, TREES["vc_clothes"][0] | images("Train/0009-01-01-01.jpg", "QUERY/0009-01-01-01.jpg"))
+    assert parse("vc_clothes", root) == TREES["vc_clothes"][1]
+
+
+def test_links(tmp_path):
+    tree, expected = TREES["market1501"]
+    write(tmp_path / "elsewhere", tree)
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "bounding_box_train").symlink_to(tmp_path / "elsewhere/bounding_box_train")
+    (root / "query").symlink_to("../elsewhere/query")
+    (root / "bounding_box_test").mkdir()
+    for file in (tmp_path / "elsewhere/bounding_box_test").iterdir():
+        (root / "bounding_box_test" / file.name).symlink_to(file)
+    (root / "loop").symlink_to("loop")
+    (root / "query" / "up").symlink_to("..")
+    (root / "query" / "notes.txt").symlink_to("nothing")
+    assert parse("market1501", root) == expected
+    (root / "query" / "0001_c2s1_001051_00.jpg").symlink_to("nothing")
+    with pytest.raises(InputError, match=r"query/0001_c2s1_001051_00\.jpg: a link to nothing; mend"):
+        parse("market1501", root)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_folder_that_cannot_be_read(name, tmp_path, monkeypatch):
+    root, scandir = write(tmp_path, TREES[name][0]), os.scandir
+
+    def refuse(path):
+        if Path(path) != root and Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=rf"{tmp_path}/.*: cannot be read \(Permission denied\)") as caught:
+        parse(name, root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_list_that_cannot_be_read(tmp_path):
+    root = write(tmp_path, TREES["msmt17"][0])
+    (root / "list_val.txt").chmod(0)
+    with pytest.raises(InputError, match=r"list_val\.txt: cannot be read \(Permission denied\)"):
+        parse("msmt17", root)
+
+
+@pytest.mark.parametrize("line", ["../../etc/passwd 0", "/etc/passwd 0", "..\\..\\..\\etc\\passwd 0"])
+def test_lists_do_not_lead_out_of_the_folder(line, tmp_path):
+    outside = write(tmp_path, TREES["llcm"][0] | {"etc/passwd": ""}) / "idx"
+    rejects("llcm", tmp_path / "a", {"idx/train_vis.txt": line}, "idx/train_vis.txt:1: lists")
+    assert outside.is_dir()
+
+
+def test_lists_made_on_windows(tmp_path):
+    change = {"idx/train_vis.txt": "VIS\\0001\\0001_c01_s1_f2_vis.JPG 0\r\n"}
+    assert parse("llcm", write(tmp_path, TREES["llcm"][0] | change)) == TREES["llcm"][1]
+
+
+def test_llcm_test_people_one_on_each_line(tmp_path):
+    assert parse("llcm", write(tmp_path, TREES["llcm"][0] | {"idx/test_id.txt": "4\n2\n"})) == TREES["llcm"][1]
+
+
+def test_repeated_lines(tmp_path):
+    tree, expected = TREES["msmt17"]
+    assert parse("msmt17", write(tmp_path, {**tree, "list_query.txt": f"{tree['list_query.txt']}" * 2})) == expected
+    twice = [{**PEDES, "captions": ["A man."]}, {**PEDES, "captions": ["A coat.", "A man."]}]
+    root = write(tmp_path / "pedes", {**TREES["cuhk_pedes"][0], "reid_raw.json": twice})
+    assert parse("cuhk_pedes", root) == [TREES["cuhk_pedes"][1][0]._replace(captions=("A man.", "A coat."))]
+
+
+@pytest.mark.parametrize("folder", ["datalist", ""])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"query.txt": None},
+            "no line in a list of query images (looked for query.txt, query_general.txt",
+        ),
+        ({"gallery.txt": "\n"}, "no line in a list of gallery images"),
+        ({"train.txt": "", "query.txt": "", "gallery.txt": ""}, "no line in a list of gallery images"),
+        ({"train.txt": "a/1.jpg 2 0"}, "train.txt:1: expected 'image instruction pid clothes camera', got 3 fields"),
+        ({"train.txt": "a/1.jpg x y 0"}, "train.txt:1: expected a whole number, got 'y'"),
+        ({"train.txt": "\na/4.jpg x 2 0"}, "train.txt:2: lists a/4.jpg, which is not in"),
+        ({"train.txt": "../../1.jpg x 2 0"}, "train.txt:1: lists '../../1.jpg', which is not below"),
+        ({"train.txt": "/1.jpg x 2 0"}, "train.txt:1: lists '/1.jpg', which is not below"),
+        ({"query.txt": "a/2.jpg x 1 0\na/2.jpg x 2 0"}, "query.txt:2: lists a/2.jpg again, as another identity"),
+    ],
+)
+def test_damaged_datalist(folder, change, message, tmp_path):
+    lists = {f"{split}.txt": text for split, text in PLAIN.items()} | change
+    write(tmp_path / folder, {name: text for name, text in lists.items() if text is not None})
+    root = write(tmp_path, PLAIN_IMAGES)
+    with pytest.raises(InputError) as caught:
+        parse("msmt17", root)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(root / folder))
+
+
+def test_datalist_needs_cameras_where_the_protocol_does(tmp_path):
+    tree, _ = DATALISTS["prcc/one test split"]
+    change = {**images("images/rgb_/x.jpg"), "datalist/query.txt": "images/rgb_/x.jpg white.jpg 5 1"}
+    with pytest.raises(InputError, match=r"query\.txt:1: the name does not tell the camera as in PRCC"):
+        parse("prcc", write(tmp_path, {**tree, **change}))
+
+
+def test_datalist_without_the_sentence(tmp_path):
+    tree, _ = DATALISTS["cuhk_pedes/sentences"]
+    with pytest.raises(InputError, match=r"train_t2i_v2\.txt:2: no sentence for 'k2' in .*\*\.json"):
+        parse("cuhk_pedes", write(tmp_path, {**tree, "caption_t2i_v2.json": {"k1": "a man"}}))
+
+
+def test_one_clothes_picture_for_all_is_none(tmp_path):
+    tree, expected = DATALISTS["ltcc/clothes pictures"]
+    train = "x/000_1_c10_015833.png white.jpg 0 1 2\nx/000_2_c1_015834.png white.jpg 0 2 2"
+    found = parse("ltcc", write(tmp_path, {**tree, "datalist/train.txt": train}))
+    assert found == [record._replace(clothes_picture="") for record in expected]
+
+
+@pytest.mark.parametrize("name", DATALISTS)
+def test_authors_layout_goes_before_datalists(name, tmp_path):
+    authors = name.split("/")[0]
+    tree = {f"authors/{file}": text for file, text in TREES[authors][0].items()} | DATALISTS[name][0]
+    assert find_root(BY_NAME[authors], write(tmp_path / authors, tree).parent) == tmp_path / authors / "authors"
+    write(tmp_path / authors, TREES[authors][0])
+    assert find_root(BY_NAME[authors], tmp_path) == tmp_path / authors
+    assert parse(authors, tmp_path / authors) == TREES[authors][1]
+
+
 def test_list_that_is_not_utf8(tmp_path):
     root = write(tmp_path, TREES["msmt17"][0])
     (root / "list_train.txt").write_bytes(b"caf\xe9.jpg 0")
@@ -435,13 +622,28 @@ def test_msmt17_v2_is_refused(tmp_path):
         parse("msmt17", tmp_path)
 
 
-def test_cuhk03_from_matlab_file(tmp_path):
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int64, np.float64])
+def test_cuhk03_from_matlab_file(kind, compressed, tmp_path):
     names = np.array([["1_001_1_01.png"], ["1_003_2_08.png"], ["1_003_1_02.png"]], dtype=object)
-    table = {"filelist": names, "labels": np.array([[0], [5], [5]]), "camId": np.array([[1], [2], [1]])}
-    indices = {"train_idx": np.array([[1]]), "query_idx": np.array([[2]]), "gallery_idx": np.array([[3]])}
+    table = {"filelist": names, "labels": np.array([[0], [5], [5]], kind), "camId": np.array([[1], [2], [1]], kind)}
+    indices = {"train_idx": np.array([[1]]), "query_idx": np.array([[2]], kind), "gallery_idx": np.array([[3]])}
     root = write(tmp_path, CUHK03_IMAGES)
-    savemat(root / "cuhk03_new_protocol_config_detected.mat", {**table, **indices})
+    file = root / "cuhk03_new_protocol_config_detected.mat"
+    savemat(file, {"other": {"a": 1}, **table, **indices}, do_compression=compressed)
     assert parse("cuhk03", root) == CUHK03_RECORDS
+
+
+def test_matlab_lists_in_their_order():
+    stream, names = io.BytesIO(), np.array([["a", "b"], ["é", ""]], dtype=object)
+    savemat(stream, {"names": names, "numbers": np.arange(6).reshape(2, 3) - 2.5, "text": "x y", "none": np.zeros(0)})
+    found = read_matlab(stream.getvalue())
+    assert found == {
+        "names": ["a", "é", "b", ""],
+        "numbers": [-2.5, 0.5, -1.5, 1.5, -0.5, 2.5],
+        "text": ["x y"],
+        "none": [],
+    }
 
 
 def test_cuhk03_raw_file_says_extract_first(tmp_path):

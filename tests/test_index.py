@@ -1,5 +1,6 @@
 """The column store: what is built, saved, mapped and found; describe and the data recipe on top of it."""
 
+import errno
 import inspect
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_datasets import TREES, images, write
+from test_datasets import DATALISTS, TREES, images, write
 
 from engine.data import index as module
 from engine.data.datasets import DATASETS
@@ -26,6 +27,7 @@ from engine.data.index import (
     stored_index,
 )
 from engine.errors import InputError
+from engine.protocols import PROTOCOLS, group_members, score_trial
 from recipes import data as recipe
 
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}
@@ -108,6 +110,16 @@ def test_stale_or_damaged_index_is_not_opened(tmp_path, monkeypatch):
     assert Index.open(dataset, root, file) is None
 
 
+def test_fingerprint_ends_where_links_lead_to_each_other(tmp_path):
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / "link").symlink_to(tmp_path / other)
+    (tmp_path / "a" / "self").symlink_to("self")
+    before = fingerprint(tmp_path)
+    write(tmp_path, {"b/new.txt": ""})
+    assert fingerprint(tmp_path) != before
+
+
 def test_fingerprint_sees_rewritten_lists_and_ends_on_link_loops(tmp_path):
     root = write(tmp_path / "set", TREES["llcm"][0])
     first = fingerprint(root)
@@ -150,6 +162,123 @@ def test_first_folder_name_wins(tmp_path):
     for folder in ("prcc", "PRCC"):
         (tmp_path / folder).mkdir()
     assert find_root(BY_NAME["prcc"], tmp_path) == tmp_path / "prcc"
+
+
+def test_first_copy_that_can_be_read_wins(tmp_path):
+    dataset = BY_NAME["market1501"]
+    for folder in (*dataset.folders, "MARKET1501"):
+        (tmp_path / folder).mkdir()
+    assert find_root(dataset, tmp_path) == tmp_path / dataset.folders[0]
+    write(tmp_path / "market", DATALISTS["market1501/cameras in names"][0])
+    assert find_root(dataset, tmp_path) == tmp_path / "market"
+    write(tmp_path / "MARKET1501" / "copy", TREES["market1501"][0])
+    assert find_root(dataset, tmp_path) == tmp_path / "MARKET1501" / "copy"
+    [index] = find_indexes(tmp_path)
+    assert len(index) == len(TREES["market1501"][1])
+
+
+def test_real1_and_real2_without_a_folder_around_them(tmp_path):
+    data = write(data_folder(tmp_path, "prcc"), TREES["cocas"][0])
+    indexes = find_indexes(data)
+    assert [index.name for index in indexes] == ["prcc", "cocas"]
+    assert indexes[1].root == data
+    assert same(indexes[1], build_index(BY_NAME["cocas"], write(tmp_path / "other", TREES["cocas"][0])))
+    indexes[1].save(stored_index(data, indexes[1].dataset))
+    write(data, images("LLCM/vis/x.jpg"))  # what lies beside them makes no difference
+    assert find_indexes(data, ["cocas"])[0].table.schema.metadata
+    write(data, images("real1/images/c.jpg"))
+    assert not find_indexes(data, ["cocas"])[0].table.schema.metadata
+
+
+@pytest.mark.parametrize("name", DATALISTS)
+def test_datalists_are_found_and_indexed(name, tmp_path):
+    tree, expected = DATALISTS[name]
+    dataset = BY_NAME[name.split("/")[0]]
+    write(tmp_path / dataset.folders[-1] / "deeper", tree)
+    [index] = find_indexes(tmp_path)
+    assert [index.path(row).relative_to(index.root).as_posix() for row in range(len(index))] == [
+        r.path for r in expected
+    ]
+    index.save(stored_index(tmp_path, dataset))
+    assert find_indexes(tmp_path)[0].table.schema.metadata
+    assert {row["split"] for row in describe(tmp_path)} == {record.split for record in expected}
+
+
+def test_without_cameras_no_positive_is_junk(tmp_path):
+    lists = {
+        "datalist/query.txt": "a.jpg x 1 0\nb.jpg x 2 0",
+        "datalist/gallery.txt": "c.jpg x 1 0\nd.jpg x 2 0\ne.jpg x 2 0\na.jpg x 1 0",
+    }
+    tree = images("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    similarity = np.array([[0.2, 0.9, 0.1, 0.8], [0.1, 0.7, 0.2, 0.3]])  # gallery: a c d e
+    for name in ("market1501", "msmt17", "cuhk03"):
+        [index] = find_indexes(write(tmp_path / name / BY_NAME[name].folders[0], tree | lists).parent)
+        protocol = PROTOCOLS[name]
+        [trial] = protocol.trials(index)
+        assert not group_members(trial, index, protocol).junk.any()
+        metrics = score_trial(trial, index, protocol, similarity)
+        assert metrics.queries == 2
+        # query a: c, e, a, d -> positives at 1 and 3; query b: c, e, d, a -> at 2 and 3
+        assert metrics.mAP == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
+
+
+def test_cameras_in_names_make_junk_as_in_the_authors_layout(tmp_path):
+    files = ["query/0001_c1s1_000001_00.jpg", "bounding_box_train/0002_c1s1_000001_00.jpg"]
+    files += [f"bounding_box_test/0001_c{camera}s1_000002_00.jpg" for camera in (1, 2, 3)]
+    files += [f"bounding_box_test/{pid}_c1s1_000003_00.jpg" for pid in ("0000", "-1", "0005")]
+    rows = {split: [] for split in ("query", "train", "gallery")}
+    for file in files:
+        split = file.split("/")[0].removeprefix("bounding_box_").replace("test", "gallery")
+        pid = int(Path(file).name.split("_")[0])
+        rows[split].append(f"x/{file} none {pid} {pid}")
+    lists = {f"datalist/{split}.txt": "\n".join(lines) for split, lines in rows.items()}
+    write(tmp_path / "authors" / "market", images(*files))
+    write(tmp_path / "lists" / "market", images(*(f"x/{file}" for file in files)) | lists)
+    protocol, metrics = PROTOCOLS["market1501"], []
+    for folder in ("authors", "lists"):
+        [index] = find_indexes(tmp_path / folder)
+        [trial] = protocol.trials(index)
+        assert group_members(trial, index, protocol).junk.tolist() == [True, False, False]
+        metrics.append(score_trial(trial, index, protocol, np.linspace(0, 1, len(trial.gallery))[None]))
+    assert metrics[0].mAP == metrics[1].mAP
+
+
+@pytest.mark.parametrize("name", ["prcc/one test split", "vc_clothes/suffix", "llcm/no folder datalist"])
+def test_protocols_on_datalists(name, tmp_path):
+    """Those that ask for cameras by number or for modalities find them."""
+    dataset = BY_NAME[name.split("/")[0]]
+    [index] = find_indexes(write(tmp_path / dataset.folders[0], DATALISTS[name][0]).parent)
+    protocol = {"prcc": "prcc:single", "vc_clothes": "vc_clothes:sc", "llcm": "llcm:ir2vis"}[dataset.name]
+    trials = PROTOCOLS[protocol].trials(index)
+    assert all(len(trial.query) == len(trial.gallery) == 1 for trial in trials)
+
+
+def test_data_folders_that_are_none(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    for path, message in (("file", "a folder is expected"), ("loop", "no such folder"), ("dangling", "no such folder")):
+        with pytest.raises(InputError, match=f"--data {tmp_path / path}: {message}"):
+            find_roots(tmp_path / path)
+    (tmp_path / "prcc").touch()  # a file of a data set's name is none
+    with pytest.raises(InputError, match="no known data set in it"):
+        find_roots(tmp_path)
+
+
+def test_data_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(InputError, match=rf"{tmp_path}: cannot be read \(Permission denied\)"):
+        find_roots(tmp_path)
+
+
+def test_data_folder_that_is_a_data_set_itself(tmp_path):
+    root = write(tmp_path / "Market-1501", TREES["market1501"][0])
+    with pytest.raises(InputError, match="it looks like Market-1501 itself: give the folder that holds it"):
+        find_roots(root)
 
 
 def test_find_indexes_errors(tmp_path):
