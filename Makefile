@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py --check
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu and not slow" tests
 
 check: install
 	$(BIN)/ruff check .

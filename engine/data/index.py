@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,13 +173,14 @@ def find_root(dataset: DataSet, data: Path) -> Path | None:
         for name in sorted(below, key=lambda name: name != folder)
         if name.lower() == folder.lower()
     ]
-    tests: tuple[Callable[[Path], bool], ...] = (lambda at: holds(at, dataset.holds), has_lists)
-    for test in tests:
-        for folder in named:
-            if found := locate(folder, test):
-                return found
-        if "." in dataset.folders and test is tests[0] and test(data):
-            return data
+    for folder in named:
+        if found := locate(folder, lambda at: holds(at, dataset.holds)):
+            return found
+    if "." in dataset.folders and holds(data, dataset.holds):
+        return data
+    for folder in named if dataset.told else ():
+        if found := locate(folder, has_lists):
+            return found
     return named[0] if named else None
 
 

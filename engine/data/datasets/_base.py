@@ -36,7 +36,8 @@ class DataSet(NamedTuple):
     images     split -> published number of images, for `recipes/data.py describe` to hold a copy against; "test" is
                query and gallery together where the data set has those
     terms      how the data set may be used, one line for the README and `describe`
-    told       what an image's own path tells, for datalists: groups `camera` (number or letter A, B, C) and `modality`
+    told       what an image's own path tells, where datalists are read: groups `camera` (number, or letter A, B, C) and
+               `modality`, or none of these; None where they are not, or by `parse`
     """
 
     name: str

@@ -11,6 +11,7 @@ images' contents across data sets, so a parser cannot tell; all 34,054 are yield
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,4 +60,5 @@ DATASET = DataSet(
     trains=("t2i",),
     protocols={"t2i": ("cuhk_pedes", "cuhk_pedes:cosine")},
     images=IMAGES,
+    told=re.compile(""),
 )

@@ -55,8 +55,8 @@ class Row(NamedTuple):
 
 def records(dataset: DataSet, root: Path) -> Iterator[Record]:
     """Records of a data set's folder in its authors' layout or, where that is not there, of its datalists."""
-    if not holds(root, dataset.holds) and has_lists(root):
-        return iter(_parse(dataset, root))
+    if dataset.told and not holds(root, dataset.holds) and has_lists(root):
+        return iter(_parse(dataset, dataset.told, root))
     return dataset.parse(root)
 
 
@@ -111,7 +111,7 @@ def caption(files: Files, folder: str, known: dict[str, tuple[str, ...]], row: R
     return known[row.instruction]
 
 
-def _parse(dataset: DataSet, root: Path) -> list[Record]:
+def _parse(dataset: DataSet, told: re.Pattern[str], root: Path) -> list[Record]:
     files = Files(root)
     folder = next((at.name for at in _datalists(root) if any(map(LIST.fullmatch, entries(at)))), "")
     found = [(split, row) for split in UNKNOWN_CAMERA for row in _split(files, folder, split)]
@@ -119,7 +119,7 @@ def _parse(dataset: DataSet, root: Path) -> list[Record]:
     if len(set(missing) - {"train"}) == 1 or not found:  # a copy that only trains, or only tests, is one
         looked = f"{missing[-1]}.txt, {missing[-1]}_general.txt, {missing[-1]}_*.txt"
         raise InputError(f"{root / folder}: no line in a list of {missing[-1]} images (looked for {looked}); {UNPACK}")
-    cameras, modalities = _told(dataset, found)
+    cameras, modalities = _told(dataset, told, found)
     known = captions(files, folder) if "t2i" in dataset.trains else {}
     shown = {row.instruction for split, row in found if split == "train"}
     pictured = "ctcc" in dataset.trains and len(shown) > 1  # one picture for all is a placeholder
@@ -144,21 +144,19 @@ def _split(files: Files, folder: str, split: str) -> list[Row]:
     return [row for name in names for row in rows(files, posixpath.join(folder, name), skip_junk=True)]
 
 
-def _told(dataset: DataSet, found: list[tuple[str, Row]]) -> tuple[list[int], list[str]]:
-    """Camera and modality of each row, from the images' names or else from the lists."""
-    if dataset.told is None:
-        return [0] * len(found), ["vis"] * len(found)
-    names = [dataset.told.search(row.key[0]) for _, row in found]
+def _told(dataset: DataSet, told: re.Pattern[str], found: list[tuple[str, Row]]) -> tuple[list[int], list[str]]:
+    """Camera and modality of each row, from the images' names or else from the lists; 0 where nobody tells cameras."""
+    names = [told.search(row.key[0]) for _, row in found]
     if "test" in dataset.images:  # its protocols ask for cameras by number
         for (_, row), name in zip(found, names, strict=True):
             if name is None:
                 raise InputError(f"{row.where}: the name does not tell the camera as in {dataset.title}; {UNPACK}")
-    told = [name.groupdict() for name in names if name is not None]
-    if len(told) < len(names):
+    facts = [{"camera": "0", "modality": "vis"} | name.groupdict() for name in names if name is not None]
+    if len(facts) < len(names):
         columns = [UNKNOWN_CAMERA[split] if row.camera is None else row.camera for split, row in found]
         return columns, ["vis"] * len(found)
-    cameras = ["ABC".find(name["camera"]) if name["camera"] in "ABC" else int(name["camera"]) for name in told]
-    return cameras, [name.get("modality", "vis") for name in told]
+    cameras = ["ABC".find(fact["camera"]) if fact["camera"] in "ABC" else int(fact["camera"]) for fact in facts]
+    return cameras, [fact["modality"] for fact in facts]
 
 
 def _datalists(folder: Path) -> list[Path]:

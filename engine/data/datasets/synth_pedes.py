@@ -73,4 +73,5 @@ DATASET = DataSet(
     trains=("t2i",),
     protocols={},
     images={"train": 4_791_771},
+    told=re.compile(""),
 )
