@@ -30,6 +30,7 @@ from engine.protocols import (
     expected_random,
     mean_metrics,
     metrics_from_ranking,
+    rescored,
     score_trial,
 )
 from engine.tasks import TASKS, Task
@@ -186,19 +187,19 @@ class Evaluation:
         query, gallery = self.features.of(trial.query, sentence), self.features.of(trial.gallery, sentence)
         return score_trial(trial, self.index, protocol, lambda start, stop: query[start:stop] @ gallery.T)
 
-    def _by_text(self, trial: Trial, protocol: Protocol, rescored: int) -> Metrics:
-        """Cosine of the projections; the best `rescored` of each query in the order of their matching scores."""
+    def _by_text(self, trial: Trial, protocol: Protocol, best: int) -> Metrics:
+        """Cosine of the projections; the `best` ones of each query in the order of their matching scores."""
         texts, instructions = self._text_features(trial)
         gallery = self.features.of(trial.gallery, 0)
-        if not rescored:
+        if not best:
             return score_trial(trial, self.index, protocol, lambda start, stop: texts[start:stop] @ gallery.T)
         order = np.argsort(-(texts @ gallery.T), axis=1, kind="stable")
         tokens = torch.cat(self.tokens)[torch.from_numpy(np.searchsorted(self.rows, trial.gallery))]
         progress = Progress(f"{protocol.name}: re-scoring", len(order), unit="query")
         for number, (ranking, instruction) in enumerate(zip(order, instructions, strict=True)):
-            head = ranking[:rescored]
+            head = ranking[:best]
             scores = self.model.match_scores(tokens[head].to(self.device), instruction).float().softmax(-1)[:, 1]
-            order[number, : len(head)] = head[np.argsort(-scores.cpu().numpy(), kind="stable")]
+            order[number] = rescored(ranking, scores.cpu().numpy())
             progress.update(number + 1)
         progress.close()
         matches = trial.group_query[:, None] == trial.group_gallery

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
+from collections import defaultdict
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config import TrainConfig
 from engine.data.datasets import DATASETS
 from engine.data.datasets._base import DataSet
-from engine.data.index import SCHEMA, Index
+from engine.data.index import SCHEMA, Index, find_indexes
 from engine.data.record import MODALITIES, SPLITS
 from engine.errors import InputError
+from engine.evaluation import evaluate_model
+from engine.instructions import SENTENCES
+from engine.model.instruction import build_tokenizer
+from engine.model.irm import IRM
 from engine.protocols import (
     INSTRUCT,
     PROTOCOLS,
@@ -29,6 +38,7 @@ from engine.protocols import (
     mean_metrics,
     metrics_from_counts,
     metrics_from_ranking,
+    rescored,
     score_trial,
 )
 from engine.tasks import TASKS
@@ -203,10 +213,15 @@ def verdict(name: str, q: dict, g: dict) -> str:
     return "junk" if camera else "hit"
 
 
-def brute_force(name, queries, gallery, scores, truncate=None):
+def in_order(scores) -> list[int]:
+    """Positions by descending score, equal ones as they stand."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+def brute_force(name, queries, gallery, rankings, truncate=None):
+    """mAP, mINP, CMC of rankings (gallery positions, best first); None where no query has a positive."""
     precisions, penalties, firsts = [], [], []
-    for q, row in zip(queries, scores, strict=True):
-        ranking = sorted(range(len(gallery)), key=lambda i: (-row[i], i))
+    for q, ranking in zip(queries, rankings, strict=True):
         verdicts = [(verdict(name, q, gallery[i]), gallery[i]["pid"]) for i in ranking]
         kept = [pair for pair in verdicts if pair[0] != "junk"]
         if not any(kind == "hit" for kind, _ in kept):
@@ -269,7 +284,7 @@ def test_agrees_with_loops_over_a_full_sort(name, data):
             assert kind == verdict(name, q, g)
 
     for truncate in (None, 5) if not protocol.deduplicate else (None,):
-        expected = brute_force(name, queries, gallery, scores, truncate)
+        expected = brute_force(name, queries, gallery, [in_order(row) for row in scores], truncate)
         if expected is None:
             with pytest.raises(InputError):
                 score_trial(trial, index, protocol, scores)
@@ -300,6 +315,173 @@ def test_agrees_with_loops_over_a_full_sort(name, data):
     for other in (counted, given_order):
         assert other[:2] == pytest.approx(result[:2], abs=1e-15)
         assert protocol.deduplicate or other.cmc.tolist() == result.cmc.tolist()
+
+
+# The drawn data, divided by what its authors say of file names and lists: no parser, no index, no protocol.
+
+ON_DISK = {  # data set: folder, what the path of a test image says
+    "market1501": (
+        "Market-1501-v15.09.15",
+        r"(?P<split>query|bounding_box_test)/(?P<pid>\d{4})_c(?P<camera>\d)s\d_\d{6}_\d\d\.jpg",
+    ),
+    "msmt17": ("MSMT17_V1", r"test/(?P<pid>\d{4})/\d{4}_\d+_(?P<camera>\d\d)_.*\.jpg"),
+    "cuhk03": ("cuhk03", r"images_detected/\d+_\d+_(?P<camera>\d)_\d+\.png"),
+    "prcc": ("prcc", r"rgb/test/(?P<camera>[ABC])/(?P<pid>\d+)/.*\.jpg"),
+    "vc_clothes": ("VC-Clothes", r"(?P<split>query|gallery)/(?P<pid>\d+)-(?P<camera>\d+)-(?P<clothes>\d+)-\d+\.jpg"),
+    "ltcc": ("LTCC_ReID", r"(?P<split>query|test)/(?P<pid>\d+)_(?P<clothes>\d+)_c(?P<camera>\d+)_\d+\.png"),
+    "llcm": ("LLCM", r"test_(?P<modality>vis|nir)/cam(?P<camera>\d)/(?P<pid>\d+)/.*\.jpg"),
+    "cuhk_pedes": ("CUHK-PEDES", r"imgs/.*"),
+    "cocas": ("COCAS+", r"real2/images/.*"),
+}
+LETTERS = {"prcc:single": "CA", "prcc:single:sc": "BA", "prcc:single_ac": "AC", "prcc:multi": "CA"}
+CAMERAS = {"vc_clothes:sc": (2, 3), "vc_clothes:cc": (3, 4)}
+
+
+def on_disk(mini: Path, dataset: str) -> list[dict]:
+    """Facts of the images that a test may use: path, and as far as known split, pid, camera, clothes, captions."""
+    folder, pattern = ON_DISK[dataset]
+    paths = [path.relative_to(mini / folder).as_posix() for path in sorted((mini / folder).rglob("*.*"))]
+    images = {
+        path: {"path": path, "clothes": None, **hit.groupdict()}
+        for path in paths
+        if (hit := re.fullmatch(pattern, path))
+    }
+
+    def listed(path: str, **facts) -> None:
+        images[path].update(facts)
+
+    if dataset == "msmt17":
+        for split in ("query", "gallery"):
+            for line in (mini / folder / f"list_{split}.txt").read_text().splitlines():
+                listed(f"test/{line.split()[0]}", split=split, pid=line.split()[1])
+    if dataset == "cuhk03":
+        (splits,) = json.loads((mini / folder / "splits_new_detected.json").read_text())
+        for split in ("query", "gallery"):
+            for path, pid, camera in splits[split]:
+                assert int(images[path]["camera"]) == camera + 1
+                listed(path, split=split, pid=pid)
+    if dataset == "cuhk_pedes":
+        for entry in json.loads((mini / folder / "reid_raw.json").read_text()):
+            listed(
+                f"imgs/{entry['file_path']}",
+                split=entry["split"],
+                pid=entry["id"],
+                camera=0,
+                captions=entry["captions"],
+            )
+    if dataset == "cocas":
+        for split in ("query", "gallery"):
+            for line in (mini / folder / f"real2/{split}.txt").read_text().splitlines():
+                path, *_, pid, clothes, camera = line.split()
+                listed(f"real2/{path}", split=split, pid=pid, clothes=clothes, camera=camera)
+    images = [image for image in images.values() if "pid" in image]
+    for image in images:
+        image["pid"] = int(image["pid"])
+        image["camera"] = image["camera"] if str(image["camera"]) in "ABC" else int(image["camera"])
+    return images
+
+
+def divided(name: str, images: list[dict], number: int) -> tuple[list[dict], list[dict]]:
+    """Queries and gallery of one draw, the gallery in the order that breaks ties."""
+    by_path = sorted(images, key=lambda image: image["path"])
+    by_person = sorted(images, key=lambda image: (image["pid"], image["camera"], image["path"]))
+    if name in LETTERS:
+        query, gallery = ([image for image in by_person if image["camera"] == letter] for letter in LETTERS[name])
+        if name != "prcc:multi":
+            people = sorted({image["pid"] for image in gallery})
+            words = np.random.Philox(key=number).random_raw(len(people)).tolist()
+            each = [[image for image in gallery if image["pid"] == pid] for pid in people]
+            gallery = [own[word * len(own) // 2**64] for own, word in zip(each, words, strict=True)]
+        return query, gallery
+    if name.startswith("llcm"):
+        visible, infrared = ([image for image in by_person if image["modality"] == m] for m in ("vis", "nir"))
+        random.seed(number)
+        shots = defaultdict(list)
+        for image in infrared if "vis2ir" in name else visible:
+            shots[image["pid"], image["camera"]].append(image)
+        drawn = [random.choice(own) for own in shots.values()]
+        return {"llcm:vis2ir": (visible, drawn), "llcm:vis2ir:2023-06": (drawn, visible)}.get(name, (infrared, drawn))
+    if name.startswith("cuhk_pedes"):
+        gallery = [image for image in by_path if image["split"] == "test"]
+        return [image for image in gallery for _ in image["captions"]], gallery
+    query = [image for image in by_path if image["split"] == "query"]
+    gallery = [image for image in by_path if image["split"] in ("gallery", "bounding_box_test", "test")]
+    if name in CAMERAS:
+        query, gallery = ([image for image in part if image["camera"] in CAMERAS[name]] for part in (query, gallery))
+    return query, gallery
+
+
+@pytest.fixture(scope="module")
+def drawn(mini) -> dict[str, Index]:
+    return {index.name: index for index in find_indexes(mini)}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_agrees_with_files_and_loops_on_the_drawn_data(name, mini, drawn):
+    protocol = PROTOCOLS[name]
+    index, images = drawn[protocol.dataset], on_disk(mini, protocol.dataset)
+    trials = protocol.trials(index)
+    assert len(trials) == (10 if name.startswith(("llcm", "prcc:single")) else 1)
+    rng, measured, expected = np.random.default_rng(0), [], []
+    for number, trial in enumerate(trials):
+        queries, gallery = divided(name, images, number)
+        paths = index.table["path"].to_pylist()
+        assert sorted(paths[row] for row in trial.query) == sorted(image["path"] for image in queries)
+        assert [paths[row] for row in trial.gallery] == [image["path"] for image in gallery]
+        queries = [next(image for image in queries if image["path"] == paths[row]) for row in trial.query]
+        features = [rng.integers(-1, 2, (len(part), 3)).astype(np.float64) for part in (queries, gallery)]
+        scores = features[0] @ features[1].T  # whole numbers: exact, and many ties
+        rankings = [in_order(row) for row in scores]
+        if name == "cuhk_pedes":  # re-scored: more than there are, and the five best
+            for best in (128, 5):
+                matching = rng.integers(0, 4, scores.shape) / 3
+                heads = [ranking[:best] for ranking in rankings]
+                again = [
+                    [head[i] for i in in_order([row[at] for at in head])] + ranking[len(head) :]
+                    for head, ranking, row in zip(heads, rankings, matching, strict=True)
+                ]
+                ours = [rescored(np.array(r), row[h]) for r, h, row in zip(rankings, heads, matching, strict=True)]
+                matches = np.equal.outer(index.pid[trial.query], index.pid[trial.gallery])
+                measured.append(metrics_from_ranking(np.array(ours), matches))
+                expected.append(brute_force(name, queries, gallery, again))
+        measured.append(score_trial(trial, index, protocol, scores))
+        expected.append(brute_force(name, queries, gallery, rankings))
+        assert (measured[-1].gallery, measured[-1].identities) == (len(gallery), len({q["pid"] for q in queries}))
+    for ours, (mAP, mINP, cmc) in zip(measured, expected, strict=True):
+        assert (ours.mAP, ours.mINP) == pytest.approx((mAP, mINP), abs=1e-12)
+        np.testing.assert_allclose(ours.cmc, cmc, atol=1e-12)
+    mean = mean_metrics(measured)
+    every = [mAP for mAP, _, _ in expected]
+    assert mean["mAP"] == pytest.approx(math.fsum(every) / len(every), abs=1e-12)
+    spread = math.sqrt(math.fsum((mAP - mean["mAP"]) ** 2 for mAP in every) / len(every))
+    assert mean["mAP_std"] == pytest.approx(spread, abs=1e-9)
+
+
+def test_sentences_are_evaluated_one_by_one(drawn, tmp_path):
+    """Mean and spread over the task's 20 sentences; query and gallery are told the same one."""
+    config = TrainConfig(feature="cls", tasks=("trad",))
+    tokenizer = build_tokenizer(SENTENCES["trad"])
+    torch.manual_seed(0)
+    model = IRM(config.model, tokenizer.get_vocab_size(), {})
+    torch.nn.init.normal_(model.edit.gates, std=3.0)  # a closed gate would make the sentences equal
+    index, file = drawn["market1501"], tmp_path / "features.npz"
+    metrics = evaluate_model(
+        model, [index], tokenizer, config, untrained=None, device=torch.device("cpu"), features_file=file
+    )
+    row, stored = metrics["tasks"]["trad"]["market1501"], np.load(file)
+    facts = [
+        dict(zip(("pid", "camera", "clothes"), fact, strict=True))
+        for fact in zip(*(stored[f"trad/market1501/{name}"] for name in ("pid", "camera", "clothes")), strict=True)
+    ]
+    query, gallery = stored["trad/market1501/0/query"], stored["trad/market1501/0/gallery"]
+    every = []
+    for features in stored["trad/market1501/features"]:
+        rankings = [in_order(similarity) for similarity in features[query] @ features[gallery].T]
+        every.append(brute_force("market1501", [facts[i] for i in query], [facts[i] for i in gallery], rankings)[0])
+    assert len(every) == 20
+    assert row["mAP"] == pytest.approx(np.mean(every), abs=1e-6)
+    assert row["mAP_std"] == pytest.approx(np.std(every), abs=1e-6)
+    assert row["mAP_std"] > 0
 
 
 # Trials.
