@@ -120,7 +120,7 @@ def _example(example: Example) -> Markup:
         asked.append(_img(picture, f"Query. {example.facts}", "query"))
         if example.attention is not None:
             seen = overlay(picture, example.attention)
-            asked.append(_img(seen, "Where the query's CLS token looks in the last block", "attention"))
+            asked.append(_img(seen, "Orange: where the CLS of the last block looks more than evenly", "attention"))
     if example.clothes:
         asked.append(_img(_thumbnail(*example.clothes), "Instruction: the wanted clothes", "wanted clothes"))
     ranks = np.array(example.ranks)
@@ -150,9 +150,10 @@ def _thumbnail(path: Path, box: Box = WHOLE) -> Image.Image:
 
 
 def overlay(picture: Image.Image, attention: np.ndarray) -> Image.Image:
-    """The picture with its map [h, w] in orange: clear where the map is 0, three quarters orange at its maximum."""
-    heat = Image.fromarray(np.rint(191 * attention / attention.max()).astype(np.uint8))
-    heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
+    """The picture with its map [h, w] in orange: clear up to an even share of the attention, full at four times that.
+    The scale is absolute: a model that looks everywhere alike leaves the picture as it is."""
+    strength = np.clip((attention * attention.size - 1) / 3, 0, 1)
+    heat = Image.fromarray(np.rint(200 * strength).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
     return Image.composite(Image.new("RGB", picture.size, (255, 106, 0)), picture, heat)
 
 
