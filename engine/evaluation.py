@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from engine.protocols import (
 )
 from engine.tasks import TASKS, Task
 
+if TYPE_CHECKING:
+    from engine.report import Report
+
 BATCH = 128  # images per forward
 RESCORED = 128  # text-to-image: how many of the best by cosine the matching head orders anew (the paper's App. D.2)
 
@@ -60,6 +63,7 @@ def evaluate(
     feature: str | None = None,
     device: torch.device | str = "cpu",
     features_file: Path | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Evaluate a stored model on every protocol of every data set found below `data`; content of metrics.json."""
     model, config, state, tokenizer = checkpoint.load_model(Path(checkpoint_path))
@@ -76,6 +80,7 @@ def evaluate(
         untrained=untrained.to(device),
         device=device,
         features_file=features_file,
+        report=report,
     )
     return metrics | {"checkpoint": str(checkpoint.find(Path(checkpoint_path)))}
 
@@ -90,6 +95,7 @@ def evaluate_model(
     untrained: IRM | None,
     device: torch.device,
     features_file: Path | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Every protocol of these data sets for config.tasks. InputError names a damaged test image."""
     model.eval()
@@ -107,6 +113,8 @@ def evaluate_model(
         rows = result.setdefault(task.name, {})
         run = Evaluation(model, task, index, protocols, tokenizer, config, device)
         rows.update(run.metrics())
+        if report is not None:
+            report.collect(run)
         if untrained is not None:
             before = Evaluation(untrained.eval(), task, index, protocols, tokenizer, config.but(quick=True), device)
             for name, row in before.metrics(rescore=False).items():

@@ -31,6 +31,7 @@ from engine.losses import TrainingModel
 from engine.model.instruction import build_tokenizer
 from engine.model.irm import IRM
 from engine.progress import Progress
+from engine.report import Report
 from engine.runtime import Runtime, seed_everything, start
 from engine.schedule import learning_rate, parameter_groups
 
@@ -73,11 +74,20 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     model = checkpoint.load_model(folder)[0].to(runtime.device)
     untrained = build_model(config, streams, tokenizer).to(runtime.device)
     features_file = output / "features.npz" if config.save_features else None
+    report = Report()
     metrics = evaluate_model(
-        model, indexes, tokenizer, config, untrained=untrained, device=runtime.device, features_file=features_file
+        model,
+        indexes,
+        tokenizer,
+        config,
+        untrained=untrained,
+        device=runtime.device,
+        features_file=features_file,
+        report=report,
     )
     metrics["checkpoint"] = str(checkpoint.latest(folder))
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    report.write(output / "retrieval.html", metrics, output / "log.jsonl")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Every protocol of every data set found under --data, for a trained model: table and metrics.json.
+"""Every protocol of every data set found under --data, for a trained model: table, metrics.json and retrieval.html.
 
 python recipes/evaluate.py --checkpoint runs/mtl-20260101-120000 --data DIR
 """
@@ -19,17 +19,19 @@ def main() -> int:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint folder, or a run's --output folder")
     add("--data", metavar="DIR", help=f"folder with the data sets (default: {options.MINI})")
-    add("--output", metavar="DIR", help="folder for metrics.json (default: runs/evaluate-TIME)")
+    add("--output", metavar="DIR", help="folder for metrics.json and retrieval.html (default: runs/evaluate-TIME)")
     add("--dataset", metavar="A,B", help="only these data sets (default: all found)")
     options.add_tasks(parser)
     add("--feature", choices=("cls", "fout", "concat"), help="what is compared (default: as in the checkpoint)")
     add("--quick", action="store_true", help="one instruction sentence instead of 20, the first drawn gallery")
     add("--save-features", action="store_true", help="write the test features to features.npz")
+    add("--attention", action="store_true", help="show in retrieval.html where the model looks in each query picture")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
     args = parser.parse_args()
     options.mini_data(args.data)
 
     from engine.evaluation import evaluate
+    from engine.report import Report
     from engine.results import format_table
     from engine.runtime import pick_device
 
@@ -38,6 +40,7 @@ def main() -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
+    report = Report(attention=args.attention)
     metrics = evaluate(
         args.checkpoint,
         args.data or options.MINI,
@@ -46,9 +49,12 @@ def main() -> int:
         feature=args.feature,
         device=pick_device(args.device),
         features_file=output / "features.npz" if args.save_features else None,
+        report=report,
         **({"tasks": tuple(args.tasks.split(","))} if args.tasks else {}),
     )
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    run = Path(metrics["checkpoint"]).resolve().parent.parent  # RUN/checkpoints/step-N
+    report.write(output / "retrieval.html", metrics, run / "log.jsonl")
     print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
     print(f"written to {output}")
     return 0

@@ -40,6 +40,7 @@ def run(mini, tmp_path_factory) -> Path:
 def test_every_output_is_there(run):
     for name in ("config.json", "log.jsonl", "quarantine.jsonl", "metrics.json", "features.npz", "checkpoints/latest"):
         assert (run / name).is_file(), name
+    assert "learning rate" in (run / "retrieval.html").read_text()
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     kept = sorted(path.name for path in (run / "checkpoints").glob("*"))
     assert kept == ["latest", "step-00000010", "step-00000012"]
@@ -111,6 +112,9 @@ def test_a_stored_checkpoint_evaluates_to_the_same_numbers(run, mini, tmp_path):
     again = json.loads((tmp_path / "metrics.json").read_text())["tasks"]
     before = json.loads((run / "metrics.json").read_text())["tasks"]
     assert again == {task: before[task] for task in ("trad", "li")}
+    page = (tmp_path / "retrieval.html").read_text()
+    assert page.count("<article>") == 6 * sum(len(rows) for rows in again.values())
+    assert "learning rate" in page  # the log of the checkpoint's run
 
 
 @pytest.mark.xdist_group("run")

@@ -84,6 +84,7 @@ class EditingTransformer(nn.Module):
     ):
         super().__init__()
         self.heads, self.class_tokens = heads, 1 + part_tokens
+        self.grid = size[0] // patch, size[1] // patch
         if stem == "conv":
             self.patch_embed: nn.Module = ConvStem(size, patch, width)
         else:
@@ -122,6 +123,24 @@ class EditingTransformer(nn.Module):
         for block, kv_ins, gate in zip(self.blocks, kv_LBM2HD, gates, strict=True):
             x = block(x, kv_ins, gate, lengths)
         return self.norm(x)
+
+    def attention_map(self, images: Tensor, tokens_BMC: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """[B, h, w] float32, h x w patches: where the CLS looks in the last block. The mean over heads of its softmax
+        over the image's tokens; what falls on patches is divided by its sum, so each map sums to 1."""
+        block = self.blocks[-1]
+        assert isinstance(block, Block)
+        attention = block.attn
+        seen: list[Tensor] = []
+        hook = attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        try:
+            self(images, tokens_BMC, lengths)
+        finally:
+            hook.remove()
+        B, N, _ = seen[0].shape
+        q, k, _ = attention.qkv(seen[0]).view(B, N, 3, self.heads, -1).float().permute(2, 0, 3, 1, 4)
+        maps_BHN = torch.softmax(q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5, -1)[:, :, 0]
+        patches = maps_BHN.mean(1)[:, self.class_tokens :]
+        return (patches / patches.sum(1, keepdim=True)).view(B, *self.grid)
 
 
 def _initialise(module: nn.Module) -> None:
