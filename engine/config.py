@@ -109,6 +109,7 @@ class TrainConfig:
     keep: int = 2
     evaluate: bool = True
     quick: bool = False
+    baselines: bool = False  # measure what needs no learning beside the model (--check)
     resume: bool = False
     feature: str = "cls"
     device: str = "auto"

@@ -1,22 +1,32 @@
-"""Test images -> features -> every protocol's metrics, beside a random ranking and the same network untrained."""
+"""Test images -> features -> every protocol's metrics, beside a random ranking and the same network untrained.
+
+Ranks share the work by blocks of BATCH images: block b is computed by rank b mod world, whole, by one thread. So every
+product has the same shape, and its sums the same order, whatever the number of ranks and threads, and so has every
+metric (BLAS gives other bits with other numbers of threads). Rank 0 receives the features and measures.
+"""
 
 from __future__ import annotations
 
+import collections
 import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from engine import checkpoint
+from engine import baselines, checkpoint
 from engine.config import TrainConfig
-from engine.data.index import Index, find_indexes
-from engine.data.pipeline import DecodeError, PicturePipeline, plain
+from engine.data.index import Box, Index, find_indexes
+from engine.data.pipeline import DecodeError, PicturePipeline, Pictures, plain
 from engine.errors import InputError
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction, tokenize
@@ -33,13 +43,19 @@ from engine.protocols import (
     rescored,
     score_trial,
 )
+from engine.results import whole_file
+from engine.runtime import Runtime
 from engine.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from engine.report import Report
 
-BATCH = 128  # images per forward
+BATCH = 32  # images, or sentences, of a block
+PAIRS = 256  # (picture, sentence) pairs per forward of the matching head
 RESCORED = 128  # text-to-image: how many of the best by cosine the matching head orders anew (the paper's App. D.2)
+BASELINES = ("histogram_mAP", "pixel_mAP", "shuffled_instruction_mAP", "shuffled_picture_mAP")
+
+R = TypeVar("R")
 
 
 class TestFeatures:
@@ -49,8 +65,19 @@ class TestFeatures:
     def __init__(self, rows: NDArray[np.int64], features: NDArray[np.float32]):
         self.rows, self.features = rows, features
 
-    def of(self, rows: NDArray[np.int64], sentence: int) -> NDArray[np.float32]:
+    def of(self, rows: NDArray[np.int64], sentence: int = 0) -> NDArray[np.float32]:
         return self.features[sentence, np.searchsorted(self.rows, rows)]
+
+
+class Baselines(NamedTuple):
+    """What --check compares a model with. colours, pixels: of the pictures; clothes: colours of the clothes pictures,
+    where these instruct; exchanged: the queries' features with another query's ("instruction" or "picture"), None
+    where no permutation keeps identities and instructions apart."""
+
+    colours: TestFeatures
+    pixels: TestFeatures
+    clothes: TestFeatures | None
+    exchanged: dict[str, TestFeatures | None]
 
 
 def evaluate(
@@ -60,32 +87,39 @@ def evaluate(
     datasets: tuple[str, ...] | None = None,
     tasks: tuple[str, ...] = tuple(TASKS),
     quick: bool = False,
+    with_baselines: bool = False,
     feature: str | None = None,
     device: torch.device | str = "cpu",
+    runtime: Runtime | None = None,
     features_file: Path | None = None,
     report: Report | None = None,
-) -> dict[str, Any]:
-    """Evaluate a stored model on every protocol of every data set found below `data`; content of metrics.json."""
+) -> dict[str, Any] | None:
+    """Evaluate a stored model on every protocol of every data set found below `data`; content of metrics.json.
+
+    with_baselines  measure what `evaluate_model` calls baselines as well
+    runtime         ranks that share the work (None on all but rank 0 comes back); None: this process alone, on `device`
+    """
+    runtime = runtime or Runtime(torch.device(device))
     model, config, state, tokenizer = checkpoint.load_model(Path(checkpoint_path))
-    config = config.but(quick=quick, feature=feature or config.feature, tasks=tasks, data=str(data))
+    config = config.but(
+        quick=quick, baselines=with_baselines, feature=feature or config.feature, tasks=tasks, data=str(data)
+    )
     indexes = find_indexes(Path(data), datasets)
     torch.manual_seed(config.seed)
     untrained = IRM(config.model, state.vocabulary, state.heads)
-    device = torch.device(device)
     metrics = evaluate_model(
-        model.to(device),
+        model.to(runtime.device),
         indexes,
         tokenizer,
         config,
-        untrained=untrained.to(device),
-        device=device,
+        untrained=untrained.to(runtime.device),
+        runtime=runtime,
         features_file=features_file,
         report=report,
     )
-    return metrics | {"checkpoint": str(checkpoint.find(Path(checkpoint_path)))}
+    return metrics and metrics | {"checkpoint": str(checkpoint.find(Path(checkpoint_path)))}
 
 
-@torch.inference_mode()
 def evaluate_model(
     model: IRM,
     indexes: list[Index],
@@ -93,12 +127,18 @@ def evaluate_model(
     config: TrainConfig,
     *,
     untrained: IRM | None,
-    device: torch.device,
+    runtime: Runtime,
     features_file: Path | None = None,
     report: Report | None = None,
-) -> dict[str, Any]:
-    """Every protocol of these data sets for config.tasks. InputError names a damaged test image."""
-    model.eval()
+) -> dict[str, Any] | None:
+    """Every protocol of these data sets for config.tasks. All ranks call it; rank 0 gets the metrics, the others None.
+
+    untrained: the same network before training, for `untrained_mAP`: by one sentence and one drawn gallery (as with
+    config.quick), text-to-image by cosine alone. With config.baselines every protocol has `histogram_mAP` and
+    `pixel_mAP` as well, and where the instruction is the query's own `shuffled_instruction_mAP` and
+    `shuffled_picture_mAP`; null where a protocol has no such thing (text has no colours to compare).
+    InputError, on all ranks alike, names a damaged test image.
+    """
     tested = [
         (TASKS[task], index, [PROTOCOLS[name] for name in index.dataset.protocols[task]])
         for task in TASKS
@@ -106,33 +146,47 @@ def evaluate_model(
         if task in config.tasks and task in index.dataset.protocols
     ]
     tested = [item for item in tested if _has_test(*item)]
+    if not tested:
+        raise InputError(f"--data {config.data}: nothing to evaluate for tasks {', '.join(config.tasks)}")
     result: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
-    progress = Progress("evaluation", len(tested), unit="data set")
-    for number, (task, index, protocols) in enumerate(tested):
-        rows = result.setdefault(task.name, {})
-        run = Evaluation(model, task, index, protocols, tokenizer, config, device)
-        rows.update(run.metrics())
-        if report is not None:
-            report.collect(run)
-        if untrained is not None:
-            before = Evaluation(untrained.eval(), task, index, protocols, tokenizer, config.but(quick=True), device)
-            for name, row in before.metrics(rescore=False).items():
-                rows[name]["untrained_mAP"] = row["mAP"]
-        if features_file is not None:
-            arrays |= run.arrays()
-        progress.update(number + 1, f"{task.name}/{index.name}")
+    progress = Progress("evaluation", len(tested), unit="data set") if runtime.main else None
+    with _one_thread_each(runtime.device) as threads:
+        for number, (task, index, protocols) in enumerate(tested):
+            rows = result.setdefault(task.name, {})
+            given = (task, index, protocols, tokenizer)
+            run = Evaluation(model.eval(), *given, config, runtime, threads)
+            rows.update(run.metrics())
+            if report is not None and runtime.main:
+                report.collect(run)
+            if untrained is not None:
+                quick = config.but(quick=True, baselines=False)
+                before = Evaluation(untrained.eval(), *given, quick, runtime, threads, rescore=False)
+                for name, row in before.metrics().items():
+                    rows[name]["untrained_mAP"] = row["mAP"]
+            if features_file is not None and runtime.main:
+                arrays |= run.arrays()
+            if progress:
+                progress.update(number + 1, f"{task.name}/{index.name}")
+    if not progress:
+        return None
     progress.close()
     if features_file is not None:
-        np.savez_compressed(features_file, **arrays)  # type: ignore[arg-type]
+        with whole_file(features_file, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     means = [float(np.mean([row["mAP"] for row in rows.values()])) for rows in result.values()]
-    if not means:
-        raise InputError(f"--data {config.data}: nothing to evaluate for tasks {', '.join(config.tasks)}")
     return {"tasks": result, "mean_mAP": float(np.mean(means)), "config": json.loads(json.dumps(asdict(config)))}
 
 
 class Evaluation:
-    """One task on one data set: features once, then every protocol."""
+    """One task on one data set: features once, then every protocol. All ranks make it together.
+
+    trials      protocol -> its divisions into queries and gallery
+    rows        [n] int64, the test images of all trials
+    features    of these rows, on rank 0 (empty elsewhere)
+    texts       text-to-image: embeddings of all their captions, on rank 0
+    baselines   with config.baselines, where the query is a picture
+    """
 
     def __init__(
         self,
@@ -142,32 +196,50 @@ class Evaluation:
         protocols: list[Protocol],
         tokenizer: Tokenizer,
         config: TrainConfig,
-        device: torch.device,
+        runtime: Runtime,
+        threads: _Threads,
+        *,
+        rescore: bool = True,
     ):
         self.model, self.task, self.index, self.tokenizer = model, task, index, tokenizer
-        self.config, self.device = config, device
+        self.config, self.runtime, self.threads, self.rescore = config, runtime, threads, rescore
         self.trials = {protocol: protocol.trials(index, config.quick) for protocol in protocols}
+        for protocol, trials in self.trials.items():  # what is wrong is found by all ranks, before the work
+            for trial in trials:
+                expected_random(trial, index, protocol)
         every = [part for trials in self.trials.values() for trial in trials for part in (trial.query, trial.gallery)]
         self.rows = np.unique(np.concatenate(every))
-        self.tokens: list[Tensor] = []  # text-to-image: E_e's tokens of the gallery, for re-scoring
-        self.features = TestFeatures(self.rows, self._image_features())
+        self.tokens: dict[int, Tensor] = {}  # text-to-image: first row of an own block -> E_e's tokens, for re-scoring
+        self.features = TestFeatures(self.rows, self._image_features(self.rows, self.rows))
+        self.captions: list[str] = []
+        if task.instruction == "query":
+            own = [index.captions(row) for row in self.rows]
+            self.captions = [caption for captions in own for caption in captions]
+            self.first_caption = np.cumsum([0, *map(len, own)])
+            self.texts = self._sharded(len(self.captions), self._text_block)[0]
+        self.baselines = self._baselines() if config.baselines and task.instruction != "query" else None
 
-    def metrics(self, rescore: bool = True) -> dict[str, dict[str, Any]]:
-        """Protocol name -> its row of metrics.json."""
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Protocol name -> its row of metrics.json, on rank 0; all ranks call it."""
         result = {}
         for protocol, trials in self.trials.items():
-            if self.task.instruction == "query":
-                cosine = protocol.name.endswith(":cosine") or not rescore
-                measured = [self._by_text(trial, protocol, RESCORED if not cosine else 0) for trial in trials]
+            by_text = self.task.instruction == "query"
+            rescored = by_text and self.rescore and not protocol.name.endswith(":cosine")
+            orders = [self._rescored(trial, protocol) for trial in trials] if rescored else []
+            if not self.runtime.main:
+                continue
+            if rescored:
+                measured = [self._of_order(trial, order) for trial, order in zip(trials, orders, strict=True)]
+            elif by_text:
+                measured = [self._score(t, protocol, self._texts(t), self.features.of(t.gallery)) for t in trials]
             else:
-                measured = [
-                    self._by_image(trial, protocol, s) for s in range(len(self.features.features)) for trial in trials
-                ]
+                measured = self._by_image(protocol, self.features, self.features)
             result[protocol.name] = {
                 **mean_metrics(measured),
                 "random_mAP": expected_random(trials[0], self.index, protocol)["mAP"],
                 "untrained_mAP": None,
-                "feature": "projection" if self.task.instruction == "query" else self.config.feature,
+                **(self._against(protocol) if self.config.baselines else {}),
+                "feature": "projection" if by_text else self.config.feature,
                 "relevance": protocol.relevance,
             }
         return result
@@ -187,104 +259,264 @@ class Evaluation:
                 result[f"{key}/query"] = np.searchsorted(rows, trial.query)
                 result[f"{key}/gallery"] = np.searchsorted(rows, trial.gallery)
         if self.task.instruction == "query":
-            trial = next(iter(self.trials.values()))[0]
-            result[f"{prefix}/text_features"] = self._text_features(trial)[0]
+            result[f"{prefix}/text_features"] = self._texts(next(iter(self.trials.values()))[0])
         return result
 
-    def _by_image(self, trial: Trial, protocol: Protocol, sentence: int) -> Metrics:
-        query, gallery = self.features.of(trial.query, sentence), self.features.of(trial.gallery, sentence)
-        return score_trial(trial, self.index, protocol, lambda start, stop: query[start:stop] @ gallery.T)
+    def _by_image(self, protocol: Protocol, queries: TestFeatures, gallery: TestFeatures) -> list[Metrics]:
+        """Every sentence and drawn gallery."""
 
-    def _by_text(self, trial: Trial, protocol: Protocol, best: int) -> Metrics:
-        """Cosine of the projections; the `best` ones of each query in the order of their matching scores."""
-        texts, instructions = self._text_features(trial)
-        gallery = self.features.of(trial.gallery, 0)
-        if not best:
-            return score_trial(trial, self.index, protocol, lambda start, stop: texts[start:stop] @ gallery.T)
-        order = np.argsort(-(texts @ gallery.T), axis=1, kind="stable")
-        tokens = torch.cat(self.tokens)[torch.from_numpy(np.searchsorted(self.rows, trial.gallery))]
-        progress = Progress(f"{protocol.name}: re-scoring", len(order), unit="query")
-        for number, (ranking, instruction) in enumerate(zip(order, instructions, strict=True)):
-            head = ranking[:best]
-            scores = self.model.match_scores(tokens[head].to(self.device), instruction).float().softmax(-1)[:, 1]
-            order[number] = rescored(ranking, scores.cpu().numpy())
-            progress.update(number + 1)
+        def measure(sentence: int, trial: Trial) -> Metrics:
+            parts = queries.of(trial.query, sentence), gallery.of(trial.gallery, sentence)
+            return self._score(trial, protocol, *parts)
+
+        pairs = [(s, trial) for s in range(len(gallery.features)) for trial in self.trials[protocol]]
+        return list(self.threads.map(measure, pairs))
+
+    def _score(self, trial: Trial, protocol: Protocol, query: NDArray, gallery: NDArray) -> Metrics:
+        return score_trial(trial, self.index, protocol, lambda a, b: _similarity(query[a:b], gallery))
+
+    def _texts(self, trial: Trial) -> NDArray[np.float32]:
+        """[Q, embed] embeddings of the query captions."""
+        return self.texts[self._asked(trial)]
+
+    def _asked(self, trial: Trial) -> NDArray[np.int64]:
+        """[Q] positions of the query captions in self.captions."""
+        assert trial.query_caption is not None
+        return self.first_caption[np.searchsorted(self.rows, trial.query)] + trial.query_caption
+
+    def _rescored(self, trial: Trial, protocol: Protocol) -> NDArray[np.int64]:
+        """[Q, G] gallery positions by cosine, the best RESCORED of each query by their matching scores; on rank 0.
+
+        A rank scores the images whose tokens it holds: tokens stay where they were made, scores travel.
+        """
+        order = best = None
+        if self.runtime.main:
+            order = np.argsort(-_similarity(self._texts(trial), self.features.of(trial.gallery)), axis=1, kind="stable")
+            best = torch.from_numpy(order[:, :RESCORED].copy())
+        place = np.searchsorted(self.rows, trial.gallery)[self.runtime.from_main(best).numpy()]  # [Q, k]
+        asked = self._asked(trial)
+        queries = _blocks(len(asked))
+
+        def match(block: slice) -> Tensor:
+            tokens, lengths, cls = self._instruction([self.captions[number] for number in asked[block]])
+            assert lengths is not None
+            scores = torch.zeros(place[block].shape)
+            for first, images in self.tokens.items():
+                query, slot = np.nonzero((place[block] >= first) & (place[block] < first + len(images)))
+                for start in range(0, len(query), PAIRS):
+                    q, k = query[start : start + PAIRS], slot[start : start + PAIRS]
+                    seen = images[place[block][q, k] - first].to(self.runtime.device)
+                    logits = self.model.match_scores(seen, Instruction(tokens[q], lengths[q], cls[q]))
+                    scores[q, k] = logits.float().softmax(-1)[:, 1].cpu()
+            return scores
+
+        parts = []
+        progress = Progress(f"{protocol.name}: re-scoring", len(asked), unit="query") if self.runtime.main else None
+        for part in self.threads.map(match, ((block,) for block in queries)):
+            parts.append(part)
+            if progress:
+                progress.update(sum(map(len, parts)))
+        scores = torch.cat(parts)
+        if not progress:
+            self.runtime.send(scores)
+            return np.empty((0, 0), np.int64)
         progress.close()
+        assert order is not None
+        owner = torch.from_numpy(place // BATCH % self.runtime.world)
+        for rank in range(1, self.runtime.world):
+            scores = torch.where(owner == rank, self.runtime.receive(tuple(scores.shape), rank), scores)
+        return np.stack([rescored(ranking, own) for ranking, own in zip(order, scores.numpy(), strict=True)])
+
+    def _of_order(self, trial: Trial, order: NDArray[np.int64]) -> Metrics:
         matches = trial.group_query[:, None] == trial.group_gallery
         return metrics_from_ranking(order, matches, identities=len(np.unique(trial.group_query)))
 
-    def _text_features(self, trial: Trial) -> tuple[NDArray[np.float32], list[Instruction]]:
-        """[Q, embed] embeddings of the query captions and each one's instruction tokens."""
-        assert trial.query_caption is not None
-        captions = [
-            self.index.captions(row)[number] for row, number in zip(trial.query, trial.query_caption, strict=True)
-        ]
-        embeddings, instructions = [], []
-        for start in range(0, len(captions), BATCH):
-            batch = self._instruction(captions[start : start + BATCH])
-            embeddings.append(self.model.text_embedding(batch).float().cpu())
-            assert batch.lengths is not None
-            for i, length in enumerate(batch.lengths.tolist()):
-                instructions.append(
-                    Instruction(batch.tokens[i : i + 1, :length], batch.lengths[i : i + 1], batch.cls[i : i + 1])
-                )
-        return torch.cat(embeddings).numpy(), instructions
+    def _baselines(self) -> Baselines:
+        index, rows = self.index, self.rows
+        clothes = None
 
-    def _image_features(self) -> NDArray[np.float32]:
-        """[S, n, D]: each image decoded once, then edited by every sentence, its own instruction, or none."""
-        kind = self.task.instruction
-        stream = f"{self.task.name}/{self.index.name}"
+        def of_rows(describe: Callable[[int], NDArray[np.float32]]) -> TestFeatures:
+            def work(block: slice, _: slice) -> Tensor:
+                return torch.from_numpy(np.stack([describe(row) for row in rows[block]]))[None]
+
+            return TestFeatures(rows, self._sharded(len(rows), work))
+
+        if self.task.instruction == "clothes":
+            clothes = of_rows(lambda row: baselines.histogram(*index.clothes_picture(row), clothes=True))
+        exchanged: dict[str, TestFeatures | None] = {"instruction": None, "picture": None}
+        queries = np.unique(np.concatenate([trial.query for trials in self.trials.values() for trial in trials]))
+        if self.task.instruction in ("clothes", "description"):
+            others = baselines.exchange(index, queries, self.config.seed)
+            if others is not None:
+                exchanged["instruction"] = TestFeatures(queries, self._image_features(queries, others))
+                exchanged["picture"] = TestFeatures(queries, self._image_features(others, queries))
+        return Baselines(
+            of_rows(lambda row: baselines.histogram(index.path(row))),
+            of_rows(lambda row: baselines.pixels(index.path(row))),
+            clothes,
+            exchanged,
+        )
+
+    def _against(self, protocol: Protocol) -> dict[str, float | None]:
+        """The baselines' figures of metrics.json; colours: the better of pictures and clothes pictures."""
+        base = self.baselines
+        result: dict[str, float | None] = dict.fromkeys(BASELINES)
+        if base is None:
+            return result
+
+        def mean(queries: TestFeatures, gallery: TestFeatures) -> float:
+            return float(np.mean([part.mAP for part in self._by_image(protocol, queries, gallery)]))
+
+        result["histogram_mAP"] = max(mean(part, part) for part in (base.colours, base.clothes) if part is not None)
+        result["pixel_mAP"] = mean(base.pixels, base.pixels)
+        for what, queries in base.exchanged.items():
+            if queries is not None:
+                result[f"shuffled_{what}_mAP"] = mean(queries, self.features)
+        return result
+
+    def _image_features(self, pictures: NDArray[np.int64], instructions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[S, n, D]: row pictures[i]'s image, decoded once, then edited by every sentence, by the own instruction of
+        row instructions[i], or by none."""
+        kind, index, config = self.task.instruction, self.index, self.config
+        stream = f"{self.task.name}/{index.name}"
         sentences: list[Instruction] = []
         if kind == "sentence":
-            count = 1 if self.config.quick else len(SENTENCES[self.task.name])
-            sentences = [self._instruction([sentence]) for sentence in SENTENCES[self.task.name][:count]]
-        pictures = self._pictures([self.index.path(row) for row in self.rows], None, self.config.model.image_size)
-        clothes = iter(())
-        if kind == "clothes":
-            parts = [self.index.clothes_picture(row) for row in self.rows]
-            clothes = self._pictures([p for p, _ in parts], [box for _, box in parts], self.config.model.clothes_size)
-        result: list[list[Tensor]] = [[] for _ in range(max(1, len(sentences)))]
-        for start, images in zip(range(0, len(self.rows), BATCH), pictures, strict=True):
+            count = 1 if config.quick else len(SENTENCES[self.task.name])
+            with torch.inference_mode():
+                sentences = [self._instruction([sentence]) for sentence in SENTENCES[self.task.name][:count]]
+
+        def decode(blocks: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
+            images = self._pictures([[index.path(row) for row in pictures[block]] for block in blocks])
+            if kind != "clothes":
+                return ((image, None) for image in images)
+            parts = [[index.clothes_picture(row) for row in instructions[block]] for block in blocks]
+            boxes = [[box for _, box in part] for part in parts]
+            return zip(images, self._pictures([[path for path, _ in part] for part in parts], boxes), strict=True)
+
+        def extract(block: slice, decoded: tuple[Tensor, Tensor | None]) -> Tensor:
+            images, clothes = decoded
             if kind == "query":
                 seen = self.model.features(images, None)
-                self.tokens.append(seen.tokens.cpu())
-                result[0].append(self.model.image_embedding(seen).float().cpu())
-                continue
-            if kind == "clothes":
-                instructions = [self.model.instruct.of_clothes(next(clothes))]
+                if self.rescore:
+                    self.tokens[block.start] = seen.tokens.cpu()
+                return self.model.image_embedding(seen).float().cpu()[None]
+            asked = sentences
+            if clothes is not None:
+                asked = [self.model.instruct.of_clothes(clothes)]
             elif kind == "description":
-                captions = [self.index.captions(row) for row in self.rows[start : start + BATCH]]
-                missing = [row for row, own in zip(self.rows[start : start + BATCH], captions, strict=True) if not own]
-                if missing:
-                    raise InputError(f"{self.index.path(missing[0])}: no description, but task li needs one")
-                instructions = [self._instruction([own[0] for own in captions])]
-            else:
-                instructions = sentences
-            for part, instruction in zip(result, instructions, strict=True):
-                seen = self.model.features(images, instruction)
-                part.append(self.model.test_feature(seen, stream, self.config.feature).float().cpu())
-        return torch.stack([torch.cat(part) for part in result]).numpy()
+                own = [(row, index.captions(row)) for row in instructions[block]]
+                for row, captions in own:
+                    if not captions:
+                        raise InputError(f"{index.path(row)}: no description, but task li needs one")
+                asked = [self._instruction([captions[0] for _, captions in own])]
+            found = [self.model.features(images, instruction) for instruction in asked]
+            return torch.stack([self.model.test_feature(seen, stream, config.feature).float().cpu() for seen in found])
+
+        return self._sharded(len(pictures), extract, decode)
+
+    def _text_block(self, block: slice, _: slice) -> Tensor:
+        return self.model.text_embedding(self._instruction(self.captions[block])).float().cpu()[None]
 
     def _instruction(self, sentences: list[str]) -> Instruction:
         text, lengths = tokenize(self.tokenizer, sentences, self.config.model.text_tokens)
-        return self.model.instruct.of_text(text.to(self.device), lengths.to(self.device))
+        return self.model.instruct.of_text(text.to(self.runtime.device), lengths.to(self.runtime.device))
 
-    def _pictures(self, paths, boxes, size):
-        """Batches of decoded pictures, in order."""
-        batches = [slice(start, start + BATCH) for start in range(0, len(paths), BATCH)]
+    def _sharded(
+        self,
+        count: int,
+        work: Callable[[slice, Any], Tensor],
+        inputs: Callable[[list[slice]], Iterable[Any]] = iter,
+    ) -> NDArray[np.float32]:
+        """work(block, its input) -> [S, b, D] for all blocks of `count` things, shared by the ranks; [S, count, D]
+        on rank 0, [1, 0, 0] elsewhere. inputs: blocks -> each one's input, made by this thread ahead of the work (the
+        block itself by default). An InputError on one rank is raised on all."""
+        blocks, world = _blocks(count), self.runtime.world
+        own = blocks[self.runtime.rank :: world]
+        parts: list[Tensor] = []
+        error = None
+        try:
+            parts.extend(self.threads.map(work, zip(own, inputs(own), strict=True)))
+        except InputError as found:
+            error = found
+        self.runtime.agree(error)
+        if not self.runtime.main:
+            for part in parts:
+                self.runtime.send(part)
+            return np.empty((1, 0, 0), np.float32)
+        S, _, D = parts[0].shape
+        result = np.empty((S, count, D), np.float32)
+        for number, block in enumerate(blocks):
+            rank = number % world
+            shape = (S, block.stop - block.start, D)
+            result[:, block] = parts[number // world] if rank == 0 else self.runtime.receive(shape, rank)
+        return result
 
-        def source(number: int):
-            part = batches[min(number, len(batches) - 1)]  # reading ahead past the end repeats the last batch
-            return plain(paths[part], None if boxes is None else boxes[part])
+    def _pictures(self, paths: list[list[Path]], boxes: list[list[Box]] | None = None) -> Iterator[Tensor]:
+        """Batches of decoded pictures, in order: whole images, or with boxes pictures of clothes."""
+        if not paths:
+            return
+
+        def source(number: int) -> Pictures:
+            number = min(number, len(paths) - 1)  # reading ahead past the end repeats the last batch
+            return plain(paths[number], None if boxes is None else boxes[number])
 
         pipeline = PicturePipeline(
-            source, size=size, batch=BATCH, augment=False, device=self.device, threads=self.config.workers
+            source,
+            size=self.config.model.image_size if boxes is None else self.config.model.clothes_size,
+            batch=BATCH,
+            augment=False,
+            device=self.runtime.device,
+            threads=self.config.workers,
         )
-        for _ in batches:
+        for _ in paths:
             try:
                 yield pipeline.next()
             except DecodeError as error:
                 raise InputError(f"{error.paths[0]}: test image cannot be decoded; replace the file") from error
+
+
+class _Threads:
+    """This rank's cores: as many threads, each of which computes alone (see `_one_thread_each`)."""
+
+    def __init__(self, count: int, pool: ThreadPoolExecutor):
+        self.count, self.pool = count, pool
+
+    def map(self, work: Callable[..., R], inputs: Iterable[tuple]) -> Iterator[R]:
+        """work(*input) of each input, in order. An input is taken when a thread will soon be free for it."""
+
+        def run(given: tuple) -> R:
+            with torch.inference_mode():
+                return work(*given)
+
+        waiting: collections.deque[Future[R]] = collections.deque()
+        for given in inputs:
+            waiting.append(self.pool.submit(run, given))
+            if len(waiting) > self.count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[_Threads]:
+    """Threads that share this rank's cores between blocks instead of sharing each product."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        workers = 1 if device.type == "cuda" else count
+        with ThreadPoolExecutor(workers) as pool:
+            yield _Threads(workers, pool)
+    finally:
+        torch.set_num_threads(count)
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+
+
+def _similarity(query: NDArray[np.float32], gallery: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[Q, G] cosines of unit vectors, by torch: its number of threads is ours to fix."""
+    return (torch.from_numpy(query) @ torch.from_numpy(gallery).T).numpy()
 
 
 def _has_test(task: Task, index: Index, protocols: list[Protocol]) -> bool:
@@ -292,4 +524,6 @@ def _has_test(task: Task, index: Index, protocols: list[Protocol]) -> bool:
     rows = index.select("query", "gallery", "test")
     if not len(rows) or not protocols:
         return False
-    return task.instruction not in ("description", "query") or len(index.captions(rows[0])) > 0
+    if task.instruction not in ("description", "query"):
+        return True
+    return bool(pc.list_value_length(index.table["captions"].take(rows)).to_numpy().any())

@@ -9,22 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from engine import page
 from engine.data.index import Box
+from engine.evaluation import BATCH, RESCORED, Evaluation
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction
 from engine.protocols import Protocol, Trial, group_members
 
-if TYPE_CHECKING:
-    from engine.evaluation import Evaluation
-
 POOL = 128  # queries drawn, of which found and missed ones are shown
-RESCORED = 128  # as the evaluation does: the best by cosine, ordered anew by the matching head
 
 
 class Result(NamedTuple):
@@ -124,11 +121,10 @@ class Report:
     def _attention_maps(self, run: Evaluation, rows: np.ndarray, sentences: list[str]) -> Iterable[np.ndarray | None]:
         if not self.attention or run.task.instruction == "query":
             return [None] * len(rows)
-        (images,) = run._pictures([run.index.path(row) for row in rows], None, run.config.model.image_size)
+        images = _decoded(run, [run.index.path(row) for row in rows])
         if run.task.instruction == "clothes":
             paths, boxes = zip(*map(run.index.clothes_picture, rows), strict=True)
-            (clothes,) = run._pictures(list(paths), list(boxes), run.config.model.clothes_size)
-            instruction = run.model.instruct.of_clothes(clothes)
+            instruction = run.model.instruct.of_clothes(_decoded(run, list(paths), list(boxes)))
         else:
             instruction = run._instruction(sentences)
         return run.model.edit.attention_map(images, instruction.tokens, instruction.lengths).cpu().numpy()
@@ -153,10 +149,17 @@ def _sentences(run: Evaluation, trial: Trial, asked: np.ndarray) -> list[str]:
 def _match_scores(run: Evaluation, rows: np.ndarray, words: Instruction, i: int) -> np.ndarray:
     """[len(rows)] probabilities that an image matches sentence i."""
     assert words.lengths is not None
-    (images,) = run._pictures([run.index.path(row) for row in rows], None, run.config.model.image_size)
+    images = _decoded(run, [run.index.path(row) for row in rows])
     one = Instruction(words.tokens[i : i + 1, : words.lengths[i]], words.lengths[i : i + 1], words.cls[i : i + 1])
     scores = run.model.match_scores(run.model.features(images, None).tokens, one)
     return scores.float().softmax(-1)[:, 1].cpu().numpy()
+
+
+def _decoded(run: Evaluation, paths: list[Path], boxes: list[Box] | None = None) -> torch.Tensor:
+    """Whole images, or with boxes pictures of clothes."""
+    parts = [slice(start, start + BATCH) for start in range(0, len(paths), BATCH)]
+    cut = None if boxes is None else [boxes[part] for part in parts]
+    return torch.cat(list(run._pictures([paths[part] for part in parts], cut)))
 
 
 def _facts(run: Evaluation, row: int) -> str:

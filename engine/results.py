@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine.tasks import TASKS
 
@@ -36,6 +39,20 @@ def format_table(metrics: dict[str, Any], *, paper: bool = False) -> str:
             lines.append(line)
     lines.append(f"mean mAP over tasks {100 * metrics['mean_mAP']:.2f} %")
     return "\n".join(lines)
+
+
+@contextmanager
+def whole_file(file: Path, mode: str = "w") -> Iterator[IO]:
+    """Open `file` aside and give it its name when written: nobody ever reads half of it."""
+    part = file.with_name(file.name + ".part")
+    with part.open(mode) as stream:
+        yield stream
+    os.replace(part, file)
+
+
+def write_metrics(metrics: dict[str, Any], file: Path) -> None:
+    with whole_file(file) as stream:
+        stream.write(json.dumps(metrics, indent=1) + "\n")
 
 
 def print_check(metrics: dict[str, Any], log: Path) -> int:

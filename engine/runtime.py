@@ -39,6 +39,40 @@ class Runtime:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def agree(self, error: InputError | None) -> None:
+        """Raise the first rank's error on every rank, so that none is left waiting (every rank must ask)."""
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return
+        lines: list[str | None] = [None] * self.world
+        dist.all_gather_object(lines, None if error is None else str(error))
+        for line in filter(None, lines):
+            raise InputError(line) from error
+
+    def from_main(self, values: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's tensor on every rank (the others' argument is ignored)."""
+        if self.world == 1:
+            assert values is not None
+            return values
+        shape = [None if values is None else (values.shape, values.dtype)]
+        dist.broadcast_object_list(shape, src=0)
+        assert shape[0] is not None
+        values = torch.empty(shape[0][0], dtype=shape[0][1]) if values is None else values.contiguous()
+        values = values.to(self.device)
+        dist.broadcast(values, src=0)
+        return values.cpu()
+
+    def send(self, values: torch.Tensor) -> None:
+        """To rank 0, which must `receive` it; float32."""
+        dist.send(values.float().contiguous().to(self.device), dst=0)
+
+    def receive(self, shape: tuple[int, ...], rank: int) -> torch.Tensor:
+        """What another rank sends to rank 0: float32 of this shape, on the CPU."""
+        values = torch.empty(shape, device=self.device)
+        dist.recv(values, src=rank)
+        return values.cpu()
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a tensor of numbers."""
         if self.world == 1:

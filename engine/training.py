@@ -32,6 +32,7 @@ from engine.model.instruction import build_tokenizer
 from engine.model.irm import IRM
 from engine.progress import Progress
 from engine.report import Report
+from engine.results import write_metrics
 from engine.runtime import Runtime, seed_everything, start
 from engine.schedule import learning_rate, parameter_groups
 
@@ -69,8 +70,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     if runtime.main:
         (output / "config.json").write_text(config.to_json())
     _steps(config, runtime, ds_engine, model, sampler, tokenizer, window, state, output)
-    if not config.evaluate or not runtime.main:
-        return None  # rank 0 evaluates what it saved; nobody need wait
+    if not config.evaluate:
+        return None
     model = checkpoint.load_model(folder)[0].to(runtime.device)
     untrained = build_model(config, streams, tokenizer).to(runtime.device)
     features_file = output / "features.npz" if config.save_features else None
@@ -81,13 +82,14 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         tokenizer,
         config,
         untrained=untrained,
-        device=runtime.device,
+        runtime=runtime,
         features_file=features_file,
         report=report,
     )
-    metrics["checkpoint"] = str(checkpoint.latest(folder))
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    report.write(output / "retrieval.html", metrics, output / "log.jsonl")
+    if metrics is not None:
+        metrics["checkpoint"] = str(checkpoint.latest(folder))
+        write_metrics(metrics, output / "metrics.json")
+        report.write(output / "retrieval.html", metrics, output / "log.jsonl")
     return metrics
 
 

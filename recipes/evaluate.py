@@ -1,9 +1,11 @@
 """Every protocol of every data set found under --data, for a trained model: table, metrics.json and retrieval.html.
 
 python recipes/evaluate.py --checkpoint runs/mtl-20260101-120000 --data DIR
+deepspeed --num_gpus 4 recipes/evaluate.py --checkpoint ... --data DIR      # the same numbers by four ranks
 """
 
-import json
+import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,16 +26,22 @@ def main() -> int:
     options.add_tasks(parser)
     add("--feature", choices=("cls", "fout", "concat"), help="what is compared (default: as in the checkpoint)")
     add("--quick", action="store_true", help="one instruction sentence instead of 20, the first drawn gallery")
+    add(
+        "--baselines",
+        action="store_true",
+        help="also compare colours and pixels, and exchange the queries' instructions and pictures",
+    )
     add("--save-features", action="store_true", help="write the test features to features.npz")
     add("--attention", action="store_true", help="show in retrieval.html where the model looks in each query picture")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_args()
     options.mini_data(args.data)
 
     from engine.evaluation import evaluate
     from engine.report import Report
-    from engine.results import format_table
-    from engine.runtime import pick_device
+    from engine.results import format_table, write_metrics
+    from engine.runtime import Runtime, pick_device, start
 
     output = Path(args.output or options.default_output("evaluate"))
     try:
@@ -41,22 +49,25 @@ def main() -> int:
     except OSError as error:
         raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
     report = Report(attention=args.attention)
+    launched = "RANK" in os.environ  # by deepspeed; plain python needs no process group
     metrics = evaluate(
         args.checkpoint,
         args.data or options.MINI,
         datasets=tuple(args.dataset.split(",")) if args.dataset else None,
+        tasks=tuple(args.tasks.split(",")) if args.tasks else tuple(options.TASKS),
         quick=args.quick,
+        with_baselines=args.baselines,
         feature=args.feature,
-        device=pick_device(args.device),
+        runtime=start(args.device) if launched else Runtime(pick_device(args.device)),
         features_file=output / "features.npz" if args.save_features else None,
         report=report,
-        **({"tasks": tuple(args.tasks.split(","))} if args.tasks else {}),
     )
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    run = Path(metrics["checkpoint"]).resolve().parent.parent  # RUN/checkpoints/step-N
-    report.write(output / "retrieval.html", metrics, run / "log.jsonl")
-    print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
-    print(f"written to {output}")
+    if metrics is not None:
+        write_metrics(metrics, output / "metrics.json")
+        run = Path(metrics["checkpoint"]).resolve().parent.parent  # RUN/checkpoints/step-N
+        report.write(output / "retrieval.html", metrics, run / "log.jsonl")
+        print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
+        print(f"written to {output}")
     return 0
 
 

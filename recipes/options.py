@@ -126,6 +126,7 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
     for key in ("seed", "resume", "quick", "save_features", "log_samples"):
         values[key] = getattr(args, key)
+    values["baselines"] = args.check
     if args.deepspeed_config:
         values["deepspeed"] = _deepspeed_settings(args.deepspeed_config)
     if getattr(args, "tasks", None):
