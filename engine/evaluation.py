@@ -17,7 +17,7 @@ from engine import checkpoint
 from engine.config import TrainConfig
 from engine.data.index import Index, find_indexes
 from engine.data.pipeline import DecodeError, PicturePipeline, plain
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction, tokenize
 from engine.model.irm import IRM
@@ -115,7 +115,8 @@ def evaluate_model(
         progress.update(number + 1, f"{task.name}/{index.name}")
     progress.close()
     if features_file is not None:
-        np.savez_compressed(features_file, **arrays)  # type: ignore[arg-type]
+        with writing(features_file):
+            np.savez_compressed(features_file, **arrays)  # type: ignore[arg-type]
     means = [float(np.mean([row["mAP"] for row in rows.values()])) for rows in result.values()]
     if not means:
         raise InputError(f"--data {config.data}: nothing to evaluate for tasks {', '.join(config.tasks)}")

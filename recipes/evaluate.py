@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:  # run as a script: the checkout's root, not recipes/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.errors import InputError
+from engine.errors import writing
 from recipes import options
 
 
@@ -34,10 +34,8 @@ def main() -> int:
     from engine.runtime import pick_device
 
     output = Path(args.output or options.default_output("evaluate"))
-    try:
+    with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
     metrics = evaluate(
         args.checkpoint,
         args.data or options.MINI,
@@ -48,7 +46,8 @@ def main() -> int:
         features_file=output / "features.npz" if args.save_features else None,
         **({"tasks": tuple(args.tasks.split(","))} if args.tasks else {}),
     )
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    with writing(output / "metrics.json"):
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
     print(f"written to {output}")
     return 0
