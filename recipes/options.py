@@ -229,6 +229,8 @@ def _deepspeed_settings(file: str) -> dict[str, Any]:
             raise InputError(f"--deepspeed_config {file}: {key}: expected a JSON object")
     if settings.get("torch_autocast", {}).get("dtype", "bfloat16") not in ("bfloat16", "bf16"):
         raise InputError(f"--deepspeed_config {file}: torch_autocast: dtype: expected bfloat16")
+    if settings.get("zero_optimization", {}).get("stage", 0) not in range(4):
+        raise InputError(f"--deepspeed_config {file}: zero_optimization: stage: expected 0, 1, 2 or 3")
     if not settings.get("zero_optimization", {}).get("compute_grad_norm", True):
         raise InputError(f"--deepspeed_config {file}: remove compute_grad_norm; a step is judged by that norm")
     return settings

@@ -12,18 +12,16 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from engine import checkpoint, training  # noqa: E402
-from engine.config import ModelConfig, TrainConfig  # noqa: E402
-from engine.losses import TrainingModel  # noqa: E402
-from recipes import options  # noqa: E402
+from conftest import SMALL
+
+from engine import checkpoint, training
+from engine.config import TrainConfig
+from engine.losses import TrainingModel
+from recipes import options
 
 WINDOW, BROKEN = 2, 2  # micro-steps per step; the step that is broken
-SMALL = ModelConfig(
-    image_size=(32, 16), patch=16, stem="conv", width=16, depth=1, heads=2, drop_path=0.0, clothes_size=(16, 16),
-    picture_depth=1, text_depth=1, text_heads=2, instruction_width=16, fusion_depth=1, embed=8,
-)  # fmt: skip
 
 
 class Broken(TrainingModel):
