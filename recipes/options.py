@@ -130,9 +130,9 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
         values[key] = getattr(args, key)
     if args.deepspeed_config:
         values["deepspeed"] = _deepspeed_settings(args.deepspeed_config)
-    if getattr(args, "tasks", None):
+    if getattr(args, "tasks", None) is not None:
         values["tasks"] = tuple(args.tasks.split(","))
-    if getattr(args, "dataset", None):
+    if getattr(args, "dataset", None) is not None:
         values["datasets"] = tuple(args.dataset.split(","))
     return TrainConfig(
         model=model,

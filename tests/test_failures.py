@@ -241,7 +241,13 @@ def test_a_substitute_brings_its_own_instruction(mini, tmp_path, task):
     batch, sample = surprised.next()
     again, same = warned.next()
     assert set(found) == {damaged}
-    hit = np.isin(whole.rows, [row for row in whole.rows if surprised._is_damaged(whole, row)])
+    bad = [
+        row
+        for row in {*whole.rows, *whole.instruction_rows}
+        if index.path(row) == damaged
+        or (task == "ctcc" and row in whole.instruction_rows and index.clothes_picture(row)[0] == damaged)
+    ]
+    hit = np.isin(whole.rows, bad)
     assert hit.any()
     assert not hit.all()
     assert not np.isin(sample.rows, whole.rows[hit]).any()

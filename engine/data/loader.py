@@ -112,9 +112,11 @@ class TrainLoader:
         sample = self.sampler.sample(micro_step, self.rank)
         substitutes: dict[int, int] = {}
         if self.damaged:
+            pictured = sample.stream.task.instruction == "clothes"
+            instructing = set(sample.instruction_rows.tolist()) if pictured else set()
             for slot, row in enumerate(sample.rows.tolist(), self.rank * len(sample.rows)):
-                if row not in substitutes and self._is_damaged(sample, row):
-                    substitutes[row] = self._substitute(sample, micro_step, slot, row)
+                if row not in substitutes and self._is_damaged(sample, row, row in instructing):
+                    substitutes[row] = self._substitute(sample, micro_step, slot, row, row in instructing)
         if not substitutes:
             return sample, True
         rows, instruction_rows = (
@@ -123,18 +125,19 @@ class TrainLoader:
         )
         return sample._replace(rows=rows, instruction_rows=instruction_rows), False
 
-    def _substitute(self, sample: Sample, micro_step: int, slot: int, row: int) -> int:
+    def _substitute(self, sample: Sample, micro_step: int, slot: int, row: int, instructs: bool) -> int:
         for attempt in range(ATTEMPTS):
             other = self.sampler.replacement(micro_step, slot, row, attempt)
-            if not self._is_damaged(sample, other):
+            if not self._is_damaged(sample, other, instructs):
                 return other
         raise InputError(
             f"{sample.stream.index.path(row)}: cannot be decoded, nor can other images of that identity; repair them"
         )
 
-    def _is_damaged(self, sample: Sample, row: int) -> bool:
-        index, clothes = sample.stream.index, sample.stream.task.instruction == "clothes"
-        return index.path(row) in self.damaged or (clothes and index.clothes_picture(row)[0] in self.damaged)
+    def _is_damaged(self, sample: Sample, row: int, instructs: bool) -> bool:
+        """Whether a file is that this batch needs of the record: its image, and its clothes where they instruct."""
+        index = sample.stream.index
+        return index.path(row) in self.damaged or (instructs and index.clothes_picture(row)[0] in self.damaged)
 
     def _clothes_step(self, start: int, number: int) -> int:
         """The `number`-th micro-step from `start` on whose stream is instructed by clothes."""
