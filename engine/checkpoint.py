@@ -1,7 +1,8 @@
 """Checkpoints: written aside, renamed when whole, `latest` moved last. A kill at any moment leaves a loadable one.
 
-    checkpoints/step-00000040/   model.safetensors  config.json  state.json  tokenizer.json  deepspeed/ (optimiser
-    state) checkpoints/latest           name of the newest whole checkpoint
+    checkpoints/step-00000040/  model.safetensors  config.json  state.json  tokenizer.json  deepspeed/ (optimiser state)
+    checkpoints/latest          name of the newest whole checkpoint
+    checkpoints/.part-*         being written, or left by a kill: the next checkpoint removes it
 
 `model.safetensors`, `config.json` and `tokenizer.json` are all that evaluation needs.
 """
@@ -11,18 +12,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from engine.config import TrainConfig
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.model.irm import IRM
 from engine.runtime import Runtime
+
+FORMAT = 1  # of state.json; raise when an older engine could not read what save() writes
 
 
 @dataclass(frozen=True)
@@ -40,36 +46,65 @@ class State:
 
 def save(
     folder: Path, ds_engine, model: IRM, config: TrainConfig, state: State, tokenizer: Tokenizer, runtime: Runtime
-):
-    """Write `folder`/step-N on all ranks together and make it the latest; keep the newest `config.keep`."""
+) -> None:
+    """Write `folder`/step-N on all ranks together and make it the latest; keep the newest `config.keep`. InputError on
+    every rank where one cannot write; the checkpoints that were there stay."""
     name = f"step-{state.step:08d}"
     part = folder / f".part-{name}"
-    if runtime.main:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    runtime.barrier()
-    ds_engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
-    weights = _whole_weights(ds_engine, model)
-    if runtime.main:
-        save_file(weights, part / "model.safetensors")
-        (part / "config.json").write_text(config.to_json())
-        (part / "state.json").write_text(json.dumps(state.__dict__, indent=1))
-        tokenizer.save(str(part / "tokenizer.json"))
-    runtime.barrier()
-    if runtime.main:
-        for file in part.rglob("*"):
-            _sync(file)
-        final = folder / name
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
-        pointer = folder / ".part-latest"
-        pointer.write_text(name + "\n")
-        _sync(pointer)
-        os.replace(pointer, folder / "latest")
-        _sync(folder)
-        for old in sorted(folder.glob("step-*"))[: -config.keep]:
-            shutil.rmtree(old)
-    runtime.barrier()
+    try:
+        with runtime.together(), writing(folder):
+            if runtime.main:
+                _remove_parts(folder)
+                (part / "deepspeed").mkdir(parents=True)
+        with runtime.together():
+            _save_optimizer(ds_engine, part, runtime)
+        weights = _whole_weights(ds_engine, model)
+        with runtime.together(), writing(part, SafetensorError, RuntimeError):
+            if runtime.main:
+                save_file(weights, part / "model.safetensors")
+                (part / "config.json").write_text(config.to_json())
+                (part / "state.json").write_text(json.dumps({"format": FORMAT, **state.__dict__}, indent=1))
+                tokenizer.save(str(part / "tokenizer.json"))
+                for file in part.rglob("*"):
+                    _sync(file)
+                _publish(folder, part, name, config.keep)
+    except InputError:
+        if runtime.main:
+            _remove_parts(folder)
+        raise
+
+
+def _save_optimizer(ds_engine, part: Path, runtime: Runtime) -> None:
+    """DeepSpeed's own files. It has written them all when it comes to its last barrier; a rank that fails before goes
+    to that barrier too, because the others wait there."""
+    with writing(part, RuntimeError):  # which is what torch.save makes of a full disk
+        try:
+            ds_engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
+        except (OSError, RuntimeError):
+            if runtime.world > 1:
+                dist.barrier()
+            raise
+
+
+def _publish(folder: Path, part: Path, name: str, keep: int) -> None:
+    """Rename a whole checkpoint to `name`, point `latest` at it, then drop the oldest."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.rename(part, folder / name)
+    pointer = folder / ".part-latest"
+    pointer.write_text(name + "\n")
+    _sync(pointer)
+    os.replace(pointer, folder / "latest")
+    _sync(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.glob(".part-*"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _whole_weights(ds_engine, model: IRM) -> dict[str, torch.Tensor]:
@@ -83,10 +118,11 @@ def _whole_weights(ds_engine, model: IRM) -> dict[str, torch.Tensor]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's `checkpoints` folder, or None."""
+    """The newest whole checkpoint of a run's `checkpoints` folder, or None. `latest` may point to one that is gone."""
     pointer = folder / "latest"
-    if pointer.is_file() and (folder / pointer.read_text().strip() / "state.json").is_file():
-        return folder / pointer.read_text().strip()
+    named = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else folder
+    if (named / "state.json").is_file():
+        return named
     whole = [path.parent for path in sorted(folder.glob("step-*/state.json"))]
     return whole[-1] if whole else None
 
@@ -99,55 +135,98 @@ def find(path: Path) -> Path:
         newest = latest(folder) if folder.is_dir() else None
         if newest is not None:
             return newest
-    raise InputError(f"--checkpoint {path}: no checkpoint there (expected a folder with model.safetensors)")
+    why = "no checkpoint there" if path.is_dir() else "no such folder"
+    raise InputError(f"--checkpoint {path}: {why}; name a run's --output, or a folder with model.safetensors")
 
 
 def load_model(path: Path) -> tuple[IRM, TrainConfig, State, Tokenizer]:
     """Open a checkpoint for evaluation, on the CPU. InputError when files are missing or do not fit together."""
     folder = find(path)
     config, state, tokenizer = read_facts(folder)
+    if tokenizer.get_vocab_size() != state.vocabulary:
+        raise InputError(
+            f"{folder}/tokenizer.json: {tokenizer.get_vocab_size()} tokens, but the model has {state.vocabulary}; "
+            "put back the file that belongs to this checkpoint"
+        )
     model = IRM(config.model, state.vocabulary, state.heads)
+    file = folder / "model.safetensors"
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}/model.safetensors: {str(error).splitlines()[0]}") from error
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: damaged or cut short ({error}); use another checkpoint") from error
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    if found != wanted:
+        name = min(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        has = f"shape {tuple(found[name])}" if name in found else "none"
+        expected = f"shape {tuple(wanted[name])}" if name in wanted else "none"
+        raise InputError(f"{file}: not the model of its config.json: {name}: expected {expected}, found {has}")
+    model.load_state_dict(weights)
     return model.eval(), config, state, tokenizer
 
 
 def read_facts(folder: Path) -> tuple[TrainConfig, State, Tokenizer]:
-    """config.json, state.json and tokenizer.json of a checkpoint."""
-    try:
-        config = TrainConfig.from_json((folder / "config.json").read_text())
-        state = State(**json.loads((folder / "state.json").read_text()))
-        return config, state, Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except InputError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{folder}: not a checkpoint of this engine ({error})") from error
+    """config.json, state.json and tokenizer.json of a checkpoint. InputError names the one that cannot be read."""
+
+    def read(name: str, parse: Callable[[str], Any]) -> Any:
+        try:
+            return parse((folder / name).read_text())
+        except Exception as error:  # tokenizers raises bare Exception
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{folder / name}: not of a checkpoint of this engine ({what})") from error
+
+    return read("config.json", TrainConfig.from_json), read("state.json", _state), read("tokenizer.json", _tokenizer)
 
 
-def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer: Tokenizer) -> State:
+def _state(text: str) -> State:
+    values = json.loads(text)
+    written = values.pop("format", 0)
+    if written > FORMAT:
+        raise InputError(f"format {written}, this engine reads up to {FORMAT}; use a newer engine")
+    state = State(**values)
+    numbers = [state.step, state.world, state.vocabulary, state.skipped, *state.heads.values()]
+    if not all(isinstance(number, int) for number in numbers) or not isinstance(state.streams, list):
+        raise InputError("a field has the wrong type")
+    return state
+
+
+def _tokenizer(text: str) -> Tokenizer:
+    return Tokenizer.from_str(text)
+
+
+def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer: Tokenizer, runtime: Runtime) -> State:
     """Load the latest checkpoint into the engine. InputError when there is none or when it is of another run: what
     decides model and samples must be the same."""
-    checkpoint = latest(folder)
-    if checkpoint is None:
-        raise InputError(f"--resume: no checkpoint in {folder}; leave --resume out to start a run")
-    old_config, stored, old_tokenizer = read_facts(checkpoint)
-    if old_tokenizer.to_str() != tokenizer.to_str():
-        raise InputError(f"--resume: {checkpoint} was trained with another vocabulary; is --data the same?")
-    differ = [
-        (what, getattr(old, what), getattr(new, what))
-        for old, new, names in (
-            (stored, state, ("world", "streams", "heads")),
-            (old_config, config, ("model", "seed", "ids", "images_per_id", "window")),
-        )
-        for what in names
-        if getattr(old, what) != getattr(new, what)
-    ]
-    if differ:
-        what, before, now = differ[0]
-        raise InputError(f"--resume: {checkpoint} has {what} {before}, this run has {now}")
-    ds_engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+    with runtime.together():
+        checkpoint = latest(folder)
+        if checkpoint is None:
+            raise InputError(f"--resume: no checkpoint in {folder}; leave --resume out to start a run")
+        old_config, stored, old_tokenizer = read_facts(checkpoint)
+        differ = [
+            (what, getattr(old, what), getattr(new, what))
+            for old, new, names in (
+                (stored, state, ("world", "streams", "heads")),
+                (old_config, config, ("model", "seed", "ids", "images_per_id", "window")),
+            )
+            for what in names
+            if getattr(old, what) != getattr(new, what)
+        ]
+        if differ:
+            what, before, now = differ[0]
+            raise InputError(f"--resume: {checkpoint} has {what} {before}, this run has {now}")
+        if old_tokenizer.to_str() != tokenizer.to_str():
+            raise InputError(f"--resume: {checkpoint} was trained with another vocabulary; is --data the same?")
+    with runtime.together():
+        try:
+            loaded, _ = ds_engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+            if loaded is None:
+                raise InputError("files are missing")
+        except Exception as error:  # whatever a cut or foreign pickle makes torch and DeepSpeed raise
+            what = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--resume: {checkpoint}/deepspeed cannot be loaded ({type(error).__name__}: {what}); "
+                f"remove {checkpoint} to resume from the one before"
+            ) from error
     return stored
 
 

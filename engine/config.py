@@ -12,6 +12,26 @@ from engine.errors import InputError
 from engine.tasks import TASKS
 
 
+def _known(kind: type, values: Any) -> dict[str, Any]:
+    """The fields of a JSON object, all of them known to this dataclass."""
+    if not isinstance(values, dict):
+        raise InputError("expected a JSON object")
+    known = {item.name for item in fields(kind)}
+    extra = sorted(set(values) - known)
+    if extra:
+        raise InputError(f"unknown fields {', '.join(extra)}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def _check_types(config: Any) -> None:
+    """InputError for a number, text or flag that is none; annotations are strings here."""
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    for item in fields(config):
+        value, expected = getattr(config, item.name), kinds.get(str(item.type))
+        if expected and type(value) not in expected:
+            raise InputError(f"{item.name} {value!r}: expected {item.type}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the Instruct-ReID model. Pictures are (height, width) in pixels; widths are features.
@@ -42,13 +62,14 @@ class ModelConfig:
     embed: int = 256
 
     def __post_init__(self) -> None:
+        _check_types(self)
         object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "clothes_size", tuple(self.clothes_size))
         if self.patch < 1 or (self.stem == "conv" and self.patch & (self.patch - 1)):
             raise InputError(f"patch {self.patch}: expected a positive number, with a conv stem a power of two")
         for what in ("image_size", "clothes_size"):
             size = getattr(self, what)
-            if len(size) != 2 or any(side <= 0 or side % self.patch for side in size):
+            if len(size) != 2 or any(type(side) is not int or side <= 0 or side % self.patch for side in size):
                 raise InputError(f"{what} {size}: expected height and width, multiples of the patch ({self.patch})")
         if self.stem not in ("patch", "conv"):
             raise InputError(f"stem {self.stem!r}: expected 'patch' or 'conv'")
@@ -119,8 +140,9 @@ class TrainConfig:
     deepspeed: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if isinstance(self.model, dict):
-            object.__setattr__(self, "model", ModelConfig(**self.model))
+            object.__setattr__(self, "model", ModelConfig(**_known(ModelConfig, self.model)))
         object.__setattr__(self, "tasks", tuple(self.tasks))
         if self.datasets is not None:
             object.__setattr__(self, "datasets", tuple(self.datasets))
@@ -131,9 +153,13 @@ class TrainConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
-        for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "clip"):
+        for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
+        if self.seed >= 1 << 63:
+            raise InputError(f"--seed {self.seed}: expected less than 2**63")
+        if self.mining not in ("all", "hard"):
+            raise InputError(f"--mining {self.mining!r}: expected all or hard")
         if self.feature not in ("cls", "fout", "concat"):
             raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -144,7 +170,13 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        return cls(**json.loads(text))
+        """InputError for what is not JSON, for unknown fields and for values of the wrong type."""
+        try:
+            return cls(**_known(cls, json.loads(text)))
+        except json.JSONDecodeError as error:
+            raise InputError(f"not JSON ({error})") from error
+        except TypeError as error:
+            raise InputError(f"a field has the wrong type ({error})") from error
 
     def but(self, **changes: Any) -> TrainConfig:
         """A copy with these fields changed."""
@@ -162,13 +194,9 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"--config {name}: not JSON ({error})") from error
-    known = {item.name for item in fields(ModelConfig)}
-    if not isinstance(values, dict):
-        raise InputError(f"--config {name}: expected a JSON object of model fields")
-    extra = sorted(set(values) - known)
-    if extra:
-        raise InputError(f"--config {name}: unknown fields {', '.join(extra)}; known: {', '.join(sorted(known))}")
     try:
-        return ModelConfig(**{"name": path.stem, **values, **changes})
+        return ModelConfig(**{"name": path.stem, **_known(ModelConfig, values), **changes})
+    except InputError as error:
+        raise InputError(f"--config {name}: {error}") from error
     except TypeError as error:
         raise InputError(f"--config {name}: a field has the wrong type ({error})") from error

@@ -27,7 +27,7 @@ from engine import baselines, checkpoint
 from engine.config import TrainConfig
 from engine.data.index import Box, Index, find_indexes
 from engine.data.pipeline import DecodeError, PicturePipeline, Pictures, plain
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction, tokenize
 from engine.model.irm import IRM
@@ -172,7 +172,7 @@ def evaluate_model(
         return None
     progress.close()
     if features_file is not None:
-        with whole_file(features_file, "wb") as file:
+        with writing(features_file), whole_file(features_file, "wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     means = [float(np.mean([row["mAP"] for row in rows.values()])) for rows in result.values()]
     return {"tasks": result, "mean_mAP": float(np.mean(means)), "config": json.loads(json.dumps(asdict(config)))}
@@ -438,7 +438,9 @@ class Evaluation:
             parts.extend(self.threads.map(work, zip(own, inputs(own), strict=True)))
         except InputError as found:
             error = found
-        self.runtime.agree(error)
+        with self.runtime.together():
+            if error is not None:
+                raise error
         if not self.runtime.main:
             for part in parts:
                 self.runtime.send(part)

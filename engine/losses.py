@@ -1,4 +1,8 @@
-"""Eq. 7 for the five image tasks and Eq. 8 for text-to-image search."""
+"""Eq. 7 for the five image tasks and Eq. 8 for text-to-image search.
+
+The identity loss is that of the global batch. Terms over pairs (triplet, contrastive, matching) use the pairs of each
+rank's own share, so they depend on the number of ranks.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def print_check(metrics: dict[str, Any], log: Path) -> int:
     losses: dict[str, list[float]] = {}
     for row in map(json.loads, log.read_text().splitlines()):
         for name, loss in zip(row["streams"], row["stream_loss"], strict=True):
-            losses.setdefault(name, []).append(loss)
+            if loss is not None:  # a skipped step's
+                losses.setdefault(name, []).append(loss)
     ok = True
     for name, values in sorted(losses.items()):
         part = max(1, len(values) // 5)

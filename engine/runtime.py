@@ -1,12 +1,17 @@
-"""Sole owner of device, rank, world and process group. Everyone else receives a `Runtime`."""
+"""Sole owner of device, rank, world, process group and signals. Everyone else receives a `Runtime`."""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +22,13 @@ from engine.errors import InputError
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs. rank in 0..world-1; rank 0 writes the files."""
+    """Where this process runs. rank in 0..world-1; rank 0 writes the files. Ranks agree over `group`, which is on the
+    CPU everywhere, so that no word between them waits for a GPU."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
+    group: Any = None
 
     @property
     def main(self) -> bool:
@@ -29,26 +36,15 @@ class Runtime:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank (every rank must ask)."""
         if self.world == 1:
             return flag
-        value = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return bool(value.item())
-
-    def agree(self, error: InputError | None) -> None:
-        """Raise the first rank's error on every rank, so that none is left waiting (every rank must ask)."""
-        if self.world == 1:
-            if error is not None:
-                raise error
-            return
-        lines: list[str | None] = [None] * self.world
-        dist.all_gather_object(lines, None if error is None else str(error))
-        for line in filter(None, lines):
-            raise InputError(line) from error
 
     def from_main(self, values: torch.Tensor | None) -> torch.Tensor:
         """Rank 0's tensor on every rank (the others' argument is ignored)."""
@@ -72,6 +68,22 @@ class Runtime:
         values = torch.empty(shape, device=self.device)
         dist.recv(values, src=rank)
         return values.cpu()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what one rank may fail at alone (a full disk, a damaged file): an InputError of any rank is raised on
+        all of them, so that none waits for another for ever. Every rank must pass here; no collectives inside."""
+        message = ""
+        try:
+            yield
+        except InputError as error:
+            if self.world == 1:
+                raise
+            message = str(error)
+        if self.any(bool(message)):
+            messages = [""] * self.world
+            dist.all_gather_object(messages, message, group=self.group)
+            raise InputError(next(filter(None, messages)))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of a tensor of numbers."""
@@ -117,7 +129,41 @@ def start(device_name: str) -> Runtime:
             verbose=False,
             timeout=timedelta(minutes=60),
         )
-    return Runtime(device, dist.get_rank(), dist.get_world_size())
+    group = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
+    return Runtime(device, dist.get_rank(), dist.get_world_size(), group)
+
+
+class Termination:
+    """Whether this process is asked to end: by SIGTERM, or because the `deepspeed` command that started it is gone.
+    That command does not pass SIGTERM on, and its ranks would train on unseen."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        self.before = signal.signal(signal.SIGTERM, self._note)
+        self.command = _deepspeed_command()
+
+    def asked(self) -> bool:
+        return self.signalled or (self.command is not None and _parent(os.getppid()) != self.command)
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_: Any) -> None:
+        self.signalled = True
+
+
+def _deepspeed_command() -> int | None:
+    """Process number of the `deepspeed` command: it starts DeepSpeed's launcher, and that one starts the ranks."""
+    launcher = os.getppid()
+    if b"deepspeed.launcher.launch" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
+        return None
+    command = _parent(launcher)
+    return command if b"deepspeed" in Path(f"/proc/{command}/cmdline").read_bytes() else None
+
+
+def _parent(process: int) -> int:
+    """Field 4 of stat; what comes before it may hold blanks but ends with a bracket."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def seed_everything(seed: int) -> None:

@@ -5,11 +5,8 @@ One optimiser step accumulates over a window of micro-steps; each micro-step is 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -17,23 +14,22 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch.utils.tensorboard import SummaryWriter
 
 from engine import checkpoint
 from engine.config import TrainConfig
 from engine.data.index import Index, find_indexes
 from engine.data.loader import TrainLoader
 from engine.data.sampler import Sampler, Stream, make_streams
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.evaluation import evaluate_model
 from engine.instructions import SENTENCES
+from engine.log import Log, quarantine
 from engine.losses import TrainingModel
 from engine.model.instruction import build_tokenizer
 from engine.model.irm import IRM
-from engine.progress import Progress
 from engine.report import Report
 from engine.results import write_metrics
-from engine.runtime import Runtime, seed_everything, start
+from engine.runtime import Runtime, Termination, seed_everything, start
 from engine.schedule import learning_rate, parameter_groups
 
 TERMINATED = 143  # exit code after SIGTERM: saved, can be resumed
@@ -46,15 +42,16 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     output = Path(config.output)
     _claim(output, config, runtime)
     say = print if runtime.main else _silent
-    indexes = find_indexes(Path(config.data), config.datasets)
-    streams = make_streams(indexes, config.tasks)
-    sampler = Sampler(
-        streams, seed=config.seed, ids=config.ids, images_per_id=config.images_per_id, world=runtime.world
-    )
+    with runtime.together():
+        indexes = find_indexes(Path(config.data), config.datasets)
+        streams = make_streams(indexes, config.tasks)
+        sampler = Sampler(
+            streams, seed=config.seed, ids=config.ids, images_per_id=config.images_per_id, world=runtime.world
+        )
+        tokenizer = build_tokenizer(_corpus(indexes))
     for note in sampler.notes:
         say(note)
     window = config.window or len(streams)
-    tokenizer = build_tokenizer(_corpus(indexes))
     model = build_model(config, streams, tokenizer)
     say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(streams)} streams "
@@ -65,10 +62,11 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     state = checkpoint.State(0, runtime.world, _heads(streams), [s.name for s in streams], tokenizer.get_vocab_size())
     folder = output / "checkpoints"
     if config.resume:
-        state = checkpoint.resume(folder, ds_engine, state, config, tokenizer)
+        state = checkpoint.resume(folder, ds_engine, state, config, tokenizer, runtime)
         say(f"resumed after step {state.step}")
-    if runtime.main:
-        (output / "config.json").write_text(config.to_json())
+    with runtime.together(), writing(output):
+        if runtime.main:
+            (output / "config.json").write_text(config.to_json())
     _steps(config, runtime, ds_engine, model, sampler, tokenizer, window, state, output)
     if not config.evaluate:
         return None
@@ -88,8 +86,9 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     )
     if metrics is not None:
         metrics["checkpoint"] = str(checkpoint.latest(folder))
-        write_metrics(metrics, output / "metrics.json")
-        report.write(output / "retrieval.html", metrics, output / "log.jsonl")
+        with writing(output):
+            write_metrics(metrics, output / "metrics.json")
+            report.write(output / "retrieval.html", metrics, output / "log.jsonl")
     return metrics
 
 
@@ -112,74 +111,61 @@ def _steps(
 ) -> None:
     """The loop: `config.steps` optimiser steps, logged, saved, stoppable."""
 
-    def quarantine(path: Path, reason: str, micro_step: int) -> None:
-        row = {"path": str(path), "reason": reason, "step": micro_step // window + 1}
-        with (output / "quarantine.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def damaged(path: Path, reason: str, micro_step: int) -> None:
+        quarantine(output / "quarantine.jsonl", path, reason, micro_step // window + 1)
 
+    with runtime.together():
+        log = Log(output, config, runtime, state.step)
     loader = TrainLoader(
-        sampler,
-        config,
-        tokenizer,
-        runtime.device,
-        rank=runtime.rank,
-        start=state.step * window,
-        quarantine=quarantine,
+        sampler, config, tokenizer, runtime.device, rank=runtime.rank, start=state.step * window, quarantine=damaged
     )
-    log = _Log(output, config, runtime, state.step)
-    stop = _on_sigterm()
+    termination = Termination()
     step, skipped, in_a_row = state.step, state.skipped, 0
     ds_engine.train()
     while step < config.steps:
         began, waited, images = time.monotonic(), 0.0, 0
         rate = learning_rate(step, config)
         sums: dict[str, list[float]] = {}
-        finite, names, norm = True, [], 0.0
+        names, norm = [], 0.0
         for _ in range(window):
             asked = time.monotonic()
-            batch, sample = loader.next()
+            with runtime.together():
+                batch, sample = loader.next()
+                log.sample(step, sample)
             waited += time.monotonic() - asked
             images += len(batch.images) * runtime.world
             torch.manual_seed(hash((config.seed, loader.micro_step, runtime.rank)))  # drop path: a function of the step
             loss, terms = ds_engine(batch)
             values = runtime.mean(torch.stack([loss.detach(), *terms.values()]).float()).tolist()
-            if not math.isfinite(values[0]):  # on some rank: this micro-step gives no gradient, the step is skipped
-                finite, loss = False, sum(p.sum() for p in ds_engine.module.parameters()) * 0.0
             for name, value in zip(("loss", *terms), values, strict=True):
                 sums.setdefault(name, []).append(value)
             names.append(sample.stream.name)
-            log.sample(step, sample)
-            ds_engine.backward(loss)
-            if ds_engine.is_gradient_accumulation_boundary():
-                norm = _gradient_norm(ds_engine)
-                if not finite or not math.isfinite(norm):
-                    finite = False
-                    _zero_gradients(ds_engine)
-                for group in ds_engine.optimizer.param_groups:
-                    group["lr"] = rate * group["multiplier"] if finite else 0.0
-            ds_engine.step()
+            # an infinite loss may have finite gradients; NaN on any rank makes every rank skip the step
+            ds_engine.backward(loss if math.isfinite(values[0]) else loss * math.nan)
+            norm = _step(ds_engine, rate, config.clip)
         step += 1
-        skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+        skipped, in_a_row = (skipped, 0) if math.isfinite(norm) else (skipped + 1, in_a_row + 1)
         seconds = time.monotonic() - began
-        log.step(
-            {
-                "step": step,
-                "streams": names,
-                "loss": sum(sums["loss"]) / window,
-                "stream_loss": sums["loss"],
-                "terms": {name: sum(v) / len(v) for name, v in sums.items() if name != "loss"},
-                "lr": rate,
-                "grad_norm": norm or float(ds_engine.get_global_grad_norm() or 0.0),
-                "images_per_s": images / seconds,
-                "data_wait_s": waited,
-                "skipped": skipped,
-            }
-        )
+        row = {
+            "step": step,
+            "streams": names,
+            "loss": sum(sums["loss"]) / window,
+            "stream_loss": sums["loss"],
+            "terms": {name: sum(v) / len(v) for name, v in sums.items() if name != "loss"},
+            "lr": rate,
+            "grad_norm": norm,
+            "images_per_s": images / seconds,
+            "data_wait_s": waited,
+            "skipped": skipped,
+        }
+        with runtime.together():
+            log.step(row)
         if in_a_row >= MOST_SKIPPED:
             raise InputError(
-                f"loss not finite for {MOST_SKIPPED} steps in a row, at step {step}; lower --lr and --resume"
+                f"loss or gradient not finite for {MOST_SKIPPED} steps in a row, at step {step}; "
+                "lower --lr and --resume"
             )
-        ending = runtime.any(stop.is_set)
+        ending = runtime.any(termination.asked())
         if ending or step % config.checkpoint_every == 0 or step == config.steps:
             state = checkpoint.State(step, runtime.world, state.heads, state.streams, state.vocabulary, skipped)
             checkpoint.save(output / "checkpoints", ds_engine, model, config, state, tokenizer, runtime)
@@ -189,83 +175,47 @@ def _steps(
                 print(f"stopped by SIGTERM after step {step}; --resume goes on from there", flush=True)
             sys.exit(TERMINATED)
     log.close()
-    stop.restore()
+    termination.restore()
 
 
-class _Log:
-    """log.jsonl, TensorBoard and the progress bar of rank 0; with log_samples also samples.rankN.jsonl of every
-    rank."""
-
-    def __init__(self, output: Path, config: TrainConfig, runtime: Runtime, first: int):
-        self.runtime, self.samples = runtime, None
-        if config.log_samples:
-            _forget_after(output / f"samples.rank{runtime.rank}.jsonl", first)
-            self.samples = (output / f"samples.rank{runtime.rank}.jsonl").open("a")
-        if runtime.main:
-            _forget_after(output / "log.jsonl", first)
-            self.file = (output / "log.jsonl").open("a")
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
-            self.progress = Progress("training", config.steps, first, "step")
-
-    def sample(self, step: int, sample: Any) -> None:
-        if self.samples:
-            row = {"step": step + 1, "stream": sample.stream.name, "labels": sample.labels.tolist()}
-            print(json.dumps(row | {"rows": sample.rows.tolist()}), file=self.samples, flush=True)
-
-    def step(self, row: dict[str, Any]) -> None:
-        if not self.runtime.main:
-            return
-        print(json.dumps(row), file=self.file, flush=True)
-        for name in ("loss", "lr", "grad_norm", "images_per_s", "data_wait_s"):
-            self.board.add_scalar(f"train/{name}", row[name], row["step"])
-        for name, value in row["terms"].items():
-            self.board.add_scalar(f"terms/{name}", value, row["step"])
-        for name, value in zip(row["streams"], row["stream_loss"], strict=True):
-            self.board.add_scalar(f"streams/{name}", value, row["step"])
-        self.progress.update(row["step"], f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
-
-    def close(self) -> None:
-        if self.samples:
-            self.samples.close()
-        if self.runtime.main:
-            self.file.close()
-            self.board.close()
-            self.progress.close()
-
-
-def _forget_after(file: Path, step: int) -> None:
-    """Drop log lines of steps that a resumed run will do again (and a line cut by a kill)."""
-    if not file.is_file():
-        return
-    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-    part = file.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in kept))
-    os.replace(part, file)
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinite for a line cut by a kill."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf
+def _step(ds_engine: Any, rate: float, clip: float) -> float:
+    """DeepSpeed's step, which changes weights at the end of a window. Returns the gradient's norm before clipping over
+    all ranks, infinite or NaN where the gradient was not finite: then the weights and the optimiser are as before."""
+    for group in ds_engine.optimizer.param_groups:
+        group["lr"] = rate * group["multiplier"]
+    ends = ds_engine.is_gradient_accumulation_boundary()
+    if ds_engine.zero_optimization_stage() > 0:  # looks at the gradients itself
+        ds_engine.step()
+        if ends and ds_engine.zero_optimization_stage() == 3:
+            # DeepSpeed 0.19 overwrites a gradient in the first micro-step only: what a later stream's head has from the
+            # step before would be counted again, and a NaN would never leave
+            ds_engine.optimizer.grad_partitions_flat_buffer.zero_()
+        return float(ds_engine.get_global_grad_norm() or 0.0)
+    norm = 0.0
+    if ends:
+        gradients = [p.grad for p in ds_engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)
+        if not math.isfinite(norm):
+            ds_engine.zero_grad()  # to None: the optimiser passes over such parameters
+        elif clip:
+            torch.nn.utils.clip_grads_with_norm_(ds_engine.module.parameters(), clip, total)
+    ds_engine.step()
+    return norm
 
 
 def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
     """Make the output folder; a folder that already holds a run is refused unless --resume."""
-    used = (output / "log.jsonl").exists() or (output / "checkpoints").exists()
-    runtime.barrier()  # every rank has looked before rank 0 writes
-    if used and not config.resume:
-        raise InputError(f"--output {output}: holds a run already; choose another folder or add --resume")
-    if config.resume and checkpoint.latest(output / "checkpoints") is None:
-        raise InputError(f"--resume: no checkpoint in {output}/checkpoints; leave --resume out to start a run")
-    if runtime.main:
-        try:
+    with runtime.together():  # every rank has looked before rank 0 writes
+        used = (output / "log.jsonl").exists() or (output / "checkpoints").exists()
+        if used and not config.resume:
+            raise InputError(f"--output {output}: holds a run already; choose another folder or add --resume")
+        if config.resume and checkpoint.latest(output / "checkpoints") is None:
+            raise InputError(f"--resume: no checkpoint in {output}/checkpoints; leave --resume out to start a run")
+    with runtime.together(), writing(f"--output {output}"):
+        if runtime.main:
             output.mkdir(parents=True, exist_ok=True)
             (output / "quarantine.jsonl").touch()
-        except OSError as error:
-            raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
-    runtime.barrier()
 
 
 def _deepspeed(
@@ -283,33 +233,23 @@ def _deepspeed(
     module = TrainingModel(model, config, [s.name for s in streams], [s.task.loss == "matching" for s in streams])
     module.to(runtime.device)
     optimizer = torch.optim.AdamW(parameter_groups(module, config))
+    stage = (config.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     settings = {
         "zero_optimization": {"stage": 0},
         "torch_autocast": {"enabled": runtime.device.type == "cuda", "dtype": "bfloat16"},
         **(config.deepspeed or {}),
         "train_micro_batch_size_per_gpu": max(P * K for P, K in sampler.batches) // runtime.world,
         "gradient_accumulation_steps": window,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if stage else 0.0,  # ZeRO 0: by _step, which needs the norm anyway
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except (ValueError, TypeError, KeyError, AssertionError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise InputError(f"--deepspeed_config: DeepSpeed refuses the settings ({what[:300]})") from error
     return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
-
-
-def _gradient_norm(ds_engine: Any) -> float:
-    """Norm of the accumulated gradient before clipping. With ZeRO 1-3 the gradients lie in DeepSpeed's partitions,
-    which are known only after the step: 0 then."""
-    if ds_engine.zero_optimization_stage() > 0:
-        return 0.0
-    grads = [p.grad for p in ds_engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
-
-
-def _zero_gradients(ds_engine: Any) -> None:
-    """So that a step of rate 0 leaves no trace of NaN in the optimiser's moments."""
-    for parameter in ds_engine.module.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
 
 
 def _heads(streams: tuple[Stream, ...]) -> dict[str, int]:
@@ -324,20 +264,6 @@ def _corpus(indexes: list[Index], most: int = 200_000):
         rows = index.select("train")[:most]
         for captions in index.table["captions"].take(rows).to_pylist():
             yield from captions
-
-
-class _on_sigterm:
-    """SIGTERM sets a flag; the loop looks at it between steps."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self.before = signal.signal(signal.SIGTERM, self._set)
-
-    def restore(self) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-    def _set(self, *_: Any) -> None:
-        self.is_set = True
 
 
 def _silent(*_: Any) -> None:

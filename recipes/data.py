@@ -96,9 +96,8 @@ def parser() -> options.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-
     def run() -> int:
+        args = parser().parse_args(argv)
         try:
             args.command(args)
         except OSError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # run as a script: the checkout's root, not recipes/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.errors import InputError
+from engine.errors import writing
 from recipes import options
 
 
@@ -44,10 +44,8 @@ def main() -> int:
     from engine.runtime import Runtime, pick_device, start
 
     output = Path(args.output or options.default_output("evaluate"))
-    try:
+    with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot write there ({error.strerror})") from error
     report = Report(attention=args.attention)
     launched = "RANK" in os.environ  # by deepspeed; plain python needs no process group
     metrics = evaluate(
@@ -63,9 +61,10 @@ def main() -> int:
         report=report,
     )
     if metrics is not None:
-        write_metrics(metrics, output / "metrics.json")
         run = Path(metrics["checkpoint"]).resolve().parent.parent  # RUN/checkpoints/step-N
-        report.write(output / "retrieval.html", metrics, run / "log.jsonl")
+        with writing(output):
+            write_metrics(metrics, output / "metrics.json")
+            report.write(output / "retrieval.html", metrics, run / "log.jsonl")
         print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
         print(f"written to {output}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import TrainConfig, model_config
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.tasks import TASKS
 
 MINI = Path("data/mini-omnireid")
+ALONE = 30  # seconds
 
 # Training defaults that belong to a model size. irm_base: the paper's Sec. 5.1 and the authors' scripts. irm_tiny: what
 # learns the drawn data from nothing in minutes on two CPU cores.
@@ -39,10 +41,10 @@ RawHelp = argparse.RawDescriptionHelpFormatter
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2."""
+    """An unknown or malformed option is bad input as any other: one line, exit code 2 (see `run`)."""
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        raise InputError(f"{message} (--help lists the options)")
 
 
 def training_parser(description: str) -> Parser:
@@ -129,9 +131,9 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     values["baselines"] = args.check
     if args.deepspeed_config:
         values["deepspeed"] = _deepspeed_settings(args.deepspeed_config)
-    if getattr(args, "tasks", None):
+    if getattr(args, "tasks", None) is not None:
         values["tasks"] = tuple(args.tasks.split(","))
-    if getattr(args, "dataset", None):
+    if getattr(args, "dataset", None) is not None:
         values["datasets"] = tuple(args.dataset.split(","))
     return TrainConfig(
         model=model,
@@ -177,17 +179,22 @@ def mini_data(data: str | None) -> None:
             progress[:] = progress or [Progress("drawing the mini data set", total, unit="picture", every=5.0)]
             progress[0].update(done)
 
-        write_mini(MINI, progress=show)
+        with writing(MINI):
+            write_mini(MINI, progress=show)
 
 
 def run(main: Callable[[], int]) -> int:
-    """Exit code of a recipe: 0, or 2 after one line that says what to mend. Rank 0 speaks; another rank only if its
-    trouble is its own, that is when the launcher has not ended it within seconds of rank 0's exit."""
+    """Exit code of a recipe: 0, or 2 after one line that says what to mend.
+
+    Rank 0 speaks for all and leaves; the launcher then ends the others, which wait for that. One that is still there
+    after ALONE seconds has a trouble of its own.
+    """
     try:
         return main()
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(ALONE)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
@@ -218,6 +225,15 @@ def _deepspeed_settings(file: str) -> dict[str, Any]:
             f"--deepspeed_config {file}: remove {', '.join(owned)}; the recipe's options set batch, optimiser and "
             "clipping, half precision by torch_autocast (see recipes/deepspeed/zero1_bf16.json)"
         )
+    for key in ("zero_optimization", "torch_autocast"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise InputError(f"--deepspeed_config {file}: {key}: expected a JSON object")
+    if settings.get("torch_autocast", {}).get("dtype", "bfloat16") not in ("bfloat16", "bf16"):
+        raise InputError(f"--deepspeed_config {file}: torch_autocast: dtype: expected bfloat16")
+    if settings.get("zero_optimization", {}).get("stage", 0) not in range(4):
+        raise InputError(f"--deepspeed_config {file}: zero_optimization: stage: expected 0, 1, 2 or 3")
+    if not settings.get("zero_optimization", {}).get("compute_grad_norm", True):
+        raise InputError(f"--deepspeed_config {file}: remove compute_grad_norm; a step is judged by that norm")
     return settings
 
 

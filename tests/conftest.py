@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import ModelConfig
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# The whole model, as small as it goes: for tests of everything around it.
+SMALL = ModelConfig(
+    name="small", image_size=(32, 16), patch=16, stem="conv", width=16, depth=1, heads=2, drop_path=0.0,
+    clothes_size=(16, 16), picture_depth=1, text_depth=1, text_heads=2, text_tokens=16, instruction_width=16,
+    fusion_depth=1, embed=8,
+)  # fmt: skip
 
 
 def pytest_configure() -> None:

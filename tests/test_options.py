@@ -37,6 +37,10 @@ def test_a_configuration_survives_its_file():
         ("{", "not JSON"),
         ('{"bf16": {"enabled": true}}', "remove bf16; .*torch_autocast"),
         ('{"train_batch_size": 8, "optimizer": {}}', "remove train_batch_size, optimizer"),
+        ('{"zero_optimization": 2}', "zero_optimization: expected a JSON object"),
+        ('{"zero_optimization": {"stage": 4}}', "stage: expected 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}', "remove compute_grad_norm"),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "expected bfloat16"),
     ],
 )
 def test_deepspeed_settings(tmp_path, content, message):
@@ -70,3 +74,49 @@ def test_model_files(tmp_path, values, message):
 def test_rates_are_finite(value):
     with pytest.raises(InputError, match="--lr"):
         config(f"--lr={value}")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "abc"}, "steps 'abc': expected int"),
+        ({"steps": 1.5}, "steps 1.5: expected int"),
+        ({"steps": True}, "steps True: expected int"),
+        ({"lr": None}, "lr None: expected float"),
+        ({"quick": "no"}, "quick 'no': expected bool"),
+        ({"tasks": 3}, "wrong type"),
+        ({"tasks": "trad"}, "--tasks t,r,a,d"),
+        ({"stepz": 1}, "unknown fields stepz"),
+        ({"model": {"widht": 3}}, "unknown fields widht"),
+        ({"model": {"image_size": 5}}, "wrong type"),
+        ({"model": {"image_size": ["a", "b"]}}, "image_size"),
+        ({"mining": "some"}, "--mining 'some'"),
+    ],
+)
+def test_run_configurations_edited_by_hand(values, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig.from_json(json.dumps(values))
+    for text in ("[]", "{"):
+        with pytest.raises(InputError, match="JSON"):
+            TrainConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image-size", "256"), "HEIGHTxWIDTH"),
+        (("--image-size", "-256x128"), "--image-size"),
+        (("--image-size", "0x0", "--config", "irm_tiny"), "image_size"),
+        (("--image-size", "100x50", "--config", "irm_tiny"), "multiples of the patch"),
+        (("--steps", "many"), "--steps"),
+        (("--seed", str(1 << 63)), "--seed"),
+        (("--seed", "-1"), "--seed -1"),
+        (("--tasks", ""), "--tasks"),
+        (("--tasks", "trad,,cc"), "--tasks"),
+        (("--deepspeed_config", "/nowhere.json"), "/nowhere.json: No such file"),
+        (("--config", "/nowhere.json"), "--config /nowhere.json"),
+    ],
+)
+def test_options_that_make_no_sense(arguments, message):
+    with pytest.raises(InputError, match=message):
+        config(*arguments)

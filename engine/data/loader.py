@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from engine.config import TrainConfig
@@ -26,7 +26,7 @@ MOST_DAMAGED = 0.05  # share of the images drawn above which a run stops
 class TrainLoader:
     """`next()` gives the batches of micro-steps start, start+1, ... of one rank.
 
-    quarantine(path, reason, micro_step) is called once for every damaged file met.
+    quarantine(path, reason, micro_step) is called once for every damaged file that this rank meets.
     """
 
     def __init__(
@@ -65,16 +65,27 @@ class TrainLoader:
             )
 
     def next(self) -> tuple[Batch, Sample]:
+        """A damaged file costs its record only: another of the same identity takes its place with its own image and
+        instruction, chosen by a pure function, whether the damage was known before or is found now."""
         micro_step, self.micro_step = self.micro_step, self.micro_step + 1
-        sample = self.sampler.sample(micro_step, self.rank)
-        stream, task = sample.stream, sample.stream.task
-        self.drawn += len(sample.rows)
-        images = self._decoded(self.images, self._images, micro_step)
-        text = lengths = clothes = None
-        if task.instruction == "clothes":
+        self.drawn += len(self.sampler.sample(micro_step, self.rank).rows)
+        stream = self.sampler.locate(micro_step)[0]
+        parts = [(self.images, self._images)]
+        if stream.task.instruction == "clothes":
             assert self.clothes is not None
-            clothes = self._decoded(self.clothes, self._clothes, micro_step)
-        else:
+            parts.append((self.clothes, self._clothes))
+        decoded = [self._decoded(pipeline.next, micro_step) for pipeline, _ in parts]
+        sample, whole = self._sample(micro_step)
+        while not whole:  # what was read ahead may be older than what is known of damage: decode all of it once more
+            decoded = [
+                self._decoded(partial(pipeline.again, pictures(micro_step)), micro_step) for pipeline, pictures in parts
+            ]
+            whole = all(part is not None for part in decoded)
+            sample, _ = self._sample(micro_step)
+        images, clothes = decoded if len(decoded) == 2 else (decoded[0], None)
+        assert images is not None
+        text = lengths = None
+        if clothes is None:
             text, lengths = tokenize(self.tokenizer, self._sentences(sample), self.config.model.text_tokens)
             text, lengths = text.to(self.device), lengths.to(self.device)
         labels = torch.from_numpy(sample.labels).to(self.device)
@@ -88,35 +99,45 @@ class TrainLoader:
         return [options[int(u * len(options))] for options, u in zip(captions, sample.choice, strict=True)]
 
     def _images(self, micro_step: int) -> Pictures:
-        sample = self.sampler.sample(micro_step, self.rank)
-        rows = self._readable(micro_step, sample, sample.rows, lambda row: sample.stream.index.path(row))
-        return plain([sample.stream.index.path(row) for row in rows])._replace(augmentation=sample.augmentation)
+        sample, _ = self._sample(micro_step)
+        return plain([sample.stream.index.path(row) for row in sample.rows])._replace(augmentation=sample.augmentation)
 
     def _clothes(self, micro_step: int) -> Pictures:
-        sample = self.sampler.sample(micro_step, self.rank)
-        index = sample.stream.index
-        rows = self._readable(micro_step, sample, sample.instruction_rows, lambda row: index.clothes_picture(row)[0])
-        pictures = [index.clothes_picture(row) for row in rows]
+        sample, _ = self._sample(micro_step)
+        pictures = [sample.stream.index.clothes_picture(row) for row in sample.instruction_rows]
         return plain([path for path, _ in pictures], [box for _, box in pictures])
 
-    def _readable(
-        self, micro_step: int, sample: Sample, rows: NDArray[np.int64], path_of: Callable[[int], Path]
-    ) -> list[int]:
-        """The rows, those with a file known to be damaged replaced by another image of the identity."""
-        result = []
-        for slot, row in enumerate(rows.tolist(), self.rank * len(rows)):
-            options = (
-                [self.sampler.replacement(micro_step, slot, row, attempt) for attempt in range(ATTEMPTS)]
-                if (self.damaged and path_of(row) in self.damaged)
-                else []
-            )
-            found = next((option for option in [row, *options] if path_of(option) not in self.damaged), None)
-            if found is None:
-                raise InputError(
-                    f"{path_of(row)}: cannot be decoded, nor can other images of that identity; repair them"
-                )
-            result.append(found)
-        return result
+    def _sample(self, micro_step: int) -> tuple[Sample, bool]:
+        """This rank's share with the records replaced of which a file is known to be damaged, and whether none was."""
+        sample = self.sampler.sample(micro_step, self.rank)
+        substitutes: dict[int, int] = {}
+        if self.damaged:
+            pictured = sample.stream.task.instruction == "clothes"
+            instructing = set(sample.instruction_rows.tolist()) if pictured else set()
+            for slot, row in enumerate(sample.rows.tolist(), self.rank * len(sample.rows)):
+                if row not in substitutes and self._is_damaged(sample, row, row in instructing):
+                    substitutes[row] = self._substitute(sample, micro_step, slot, row, row in instructing)
+        if not substitutes:
+            return sample, True
+        rows, instruction_rows = (
+            np.array([substitutes.get(row, row) for row in part.tolist()], dtype=np.int64)
+            for part in (sample.rows, sample.instruction_rows)
+        )
+        return sample._replace(rows=rows, instruction_rows=instruction_rows), False
+
+    def _substitute(self, sample: Sample, micro_step: int, slot: int, row: int, instructs: bool) -> int:
+        for attempt in range(ATTEMPTS):
+            other = self.sampler.replacement(micro_step, slot, row, attempt)
+            if not self._is_damaged(sample, other, instructs):
+                return other
+        raise InputError(
+            f"{sample.stream.index.path(row)}: cannot be decoded, nor can other images of that identity; repair them"
+        )
+
+    def _is_damaged(self, sample: Sample, row: int, instructs: bool) -> bool:
+        """Whether a file is that this batch needs of the record: its image, and its clothes where they instruct."""
+        index = sample.stream.index
+        return index.path(row) in self.damaged or (instructs and index.clothes_picture(row)[0] in self.damaged)
 
     def _clothes_step(self, start: int, number: int) -> int:
         """The `number`-th micro-step from `start` on whose stream is instructed by clothes."""
@@ -127,24 +148,18 @@ class TrainLoader:
             step += 1
         return self.clothes_steps[number]
 
-    def _decoded(self, pipeline: PicturePipeline, pictures: Callable[[int], Pictures], step: int) -> torch.Tensor:
-        """The pipeline's next batch. A damaged file costs that image only: another of the same identity takes its
-        place, chosen by a pure function, whether the damage was known before or is found now."""
+    def _decoded(self, decode: Callable[[], torch.Tensor], micro_step: int) -> torch.Tensor | None:
+        """The batch, or None where a file of it is damaged, which is noted. InputError when there are too many."""
         try:
-            return pipeline.next()
+            return decode()
         except DecodeError as error:
-            damaged = error.paths
-        while True:
-            for path in damaged:
+            for path in error.paths:
                 if path not in self.damaged:
-                    self.quarantine(path, "cannot be decoded", step)
-            self.damaged |= set(damaged)
-            if len(self.damaged) > max(20, MOST_DAMAGED * self.drawn):
-                raise InputError(
-                    f"{len(self.damaged)} damaged files among {self.drawn} images drawn (quarantine.jsonl names them); "
-                    "repair the data set"
-                )
-            try:
-                return pipeline.again(pictures(step))
-            except DecodeError as error:
-                damaged = error.paths
+                    self.quarantine(path, "cannot be decoded", micro_step)
+            self.damaged |= set(error.paths)
+        if len(self.damaged) > max(20, MOST_DAMAGED * self.drawn):
+            raise InputError(
+                f"{len(self.damaged)} damaged files among {self.drawn} images drawn (quarantine.jsonl names them); "
+                "repair the data set"
+            )
+        return None

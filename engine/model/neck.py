@@ -43,7 +43,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return (x - self.running_mean) * (torch.rsqrt(self.running_var + self.eps) * self.weight)
-        x = x.float()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         parallel = dist.is_initialized() and dist.get_world_size() > 1
         count = x.new_tensor([len(x)])
         total = torch.cat([x.sum(0), count])

@@ -1,0 +1,102 @@
+"""What a run writes while it trains: log.jsonl, TensorBoard curves, the progress bar, samples, damaged files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.config import TrainConfig
+from engine.data.sampler import Sample
+from engine.errors import writing
+from engine.progress import Progress
+from engine.runtime import Runtime
+
+
+class Log:
+    """log.jsonl, TensorBoard and the progress bar of rank 0; with log_samples also samples.rankN.jsonl of every rank.
+
+    first: steps done before this process; lines of later ones are dropped. InputError where a file cannot be written.
+    """
+
+    def __init__(self, output: Path, config: TrainConfig, runtime: Runtime, first: int):
+        self.output, self.runtime, self.samples = output, runtime, None
+        with writing(output):
+            if config.log_samples:
+                _forget_after(output / f"samples.rank{runtime.rank}.jsonl", first)
+                self.samples = (output / f"samples.rank{runtime.rank}.jsonl").open("a")
+            if runtime.main:
+                _forget_after(output / "log.jsonl", first)
+                self.file = (output / "log.jsonl").open("a")
+                self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
+                self.progress = Progress("training", config.steps, first, "step")
+
+    def sample(self, step: int, sample: Sample) -> None:
+        if self.samples:
+            row = {"step": step + 1, "stream": sample.stream.name, "labels": sample.labels.tolist()}
+            with writing(self.samples.name):
+                print(json.dumps(row | {"rows": sample.rows.tolist()}), file=self.samples, flush=True)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One optimiser step. A number that is not finite is null in log.jsonl: JSON has none."""
+        if not self.runtime.main:
+            return
+        with writing(self.file.name):
+            print(json.dumps(_json(row)), file=self.file, flush=True)
+        with writing(self.output / "tensorboard"):
+            for name in ("loss", "lr", "grad_norm", "images_per_s", "data_wait_s"):
+                self.board.add_scalar(f"train/{name}", row[name], row["step"])
+            for name, value in row["terms"].items():
+                self.board.add_scalar(f"terms/{name}", value, row["step"])
+            for name, value in zip(row["streams"], row["stream_loss"], strict=True):
+                self.board.add_scalar(f"streams/{name}", value, row["step"])
+        self.progress.update(row["step"], f"loss {row['loss']:.3f}, {row['images_per_s']:.0f} images/s")
+
+    def close(self) -> None:
+        with writing(self.output):
+            if self.samples:
+                self.samples.close()
+            if self.runtime.main:
+                self.file.close()
+                self.board.close()
+                self.progress.close()
+
+
+def quarantine(file: Path, path: Path, reason: str, step: int) -> None:
+    """Note a damaged file in quarantine.jsonl once: any rank, now or before --resume, may have met it already."""
+    with writing(file), file.open("a+") as rows:
+        fcntl.flock(rows, fcntl.LOCK_EX)
+        rows.seek(0)
+        if all(row.get("path") != str(path) for row in map(_parsed, rows)):
+            rows.write(json.dumps({"path": str(path), "reason": reason, "step": step}) + "\n")
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop log lines of steps that a resumed run will do again (and a line cut by a kill)."""
+    if not file.is_file():
+        return
+    kept = [line for line in file.read_text().splitlines() if _parsed(line).get("step", math.inf) <= step]
+    part = file.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    os.replace(part, file)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """The row of a line; {} for a line cut by a kill."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

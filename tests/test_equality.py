@@ -1,0 +1,126 @@
+"""The same samples on one rank or shared by several: equal statistics, losses and gradients where no term needs pairs.
+
+The triplet, contrastive and matching terms use the pairs within one rank's share, so they are left out here.
+"""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from conftest import SMALL
+
+from engine.config import TrainConfig
+from engine.data.record import Batch
+from engine.losses import identity_losses
+from engine.model.irm import IRM
+from engine.model.neck import GlobalBatchNorm
+
+B, C = 24, 16
+
+
+def neck(dtype: torch.dtype, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Two batches through a neck with a mean far from 0; everything for the whole batch."""
+    generator = torch.Generator().manual_seed(0)
+    layer = GlobalBatchNorm(C).to(dtype)
+    share = slice(B // world * rank, B // world * (rank + 1))
+    result = {}
+    for number in range(2):
+        whole = 3 + torch.randn(B, C, generator=generator, dtype=dtype)
+        toward = torch.randn(B, C, generator=generator, dtype=dtype)
+        x = whole[share].clone().requires_grad_()
+        out = layer(x)
+        (out * toward[share]).sum().backward()
+        assert x.grad is not None
+        for name, part in (("out", out.detach()), ("input_grad", x.grad)):
+            parts = [torch.empty_like(part) for _ in range(world)]
+            dist.all_gather(parts, part)
+            result[f"{name}{number}"] = torch.cat(parts)
+    assert layer.weight.grad is not None
+    dist.all_reduce(layer.weight.grad)
+    return result | {"weight_grad": layer.weight.grad, "mean": layer.running_mean, "var": layer.running_var}
+
+
+def identity(dtype: torch.dtype, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Identity loss of the whole model on F and F_out, its value and gradients averaged over ranks as DeepSpeed does.
+    The engine's losses are float32; float64 is for the same sum of the same modules, here."""
+    torch.manual_seed(0)
+    model = IRM(SMALL, 20, {"trad/x": 6}).to(dtype)
+    images = torch.randn(B, 3, *SMALL.image_size, dtype=dtype)
+    labels, text = torch.arange(6).repeat_interleave(B // 6), torch.randint(4, 20, (1, 8))
+    share = slice(B // world * rank, B // world * (rank + 1))
+    batch = Batch(0, images[share], labels[share], text, torch.tensor([8]), None)
+    if dtype == torch.float32:
+        terms = identity_losses(model, batch, "trad/x", TrainConfig(model=SMALL))
+        loss = terms["id_cls"] + terms["id_fout"]
+    else:
+        features, head = model(batch), model.head("trad/x")
+        logits = [head.classify[name](head.neck[name](getattr(features, name))) for name in ("cls", "fout")]
+        loss = sum(F.cross_entropy(part, batch.labels) for part in logits)
+    loss.backward()
+    result = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    result |= {name: value for name, value in model.named_buffers() if "running" in name}
+    for name, value in result.items():
+        if "running" not in name:
+            dist.all_reduce(value)
+            value /= world
+    return result
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    result = {
+        (what.__name__, dtype): what(dtype, rank, world)
+        for what in (neck, identity)
+        for dtype in (torch.float64, torch.float32)
+    }
+    torch.save(result, f"{folder}/{world}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[int, list[dict]]:
+    """World size -> what each rank found."""
+    folder = str(tmp_path_factory.mktemp("equality"))
+    found = {}
+    for world in (1, 2, 4):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        multiprocessing.spawn(worker, (world, port, folder), nprocs=world)
+        found[world] = [torch.load(f"{folder}/{world}.{rank}") for rank in range(world)]
+    return found
+
+
+@pytest.mark.xdist_group("equality")
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("what", ["neck", "identity"])
+def test_ranks_compute_what_one_rank_does(results, what, dtype, tolerance, world):
+    """float32: 2e-5 of each tensor's largest entry, for sums in another order."""
+    whole = results[1][0][what, dtype]
+    assert len(whole) > (40 if what == "identity" else 6)
+    for rank in range(world):
+        shared = results[world][rank][what, dtype]
+        assert shared.keys() == whole.keys()
+        for name, value in whole.items():
+            scale = max(1e-3, value.abs().max().item())
+            assert (shared[name] - value).abs().max().item() <= tolerance * scale, name
+
+
+def test_one_rank_agrees_with_torch_batch_norm(results):
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.BatchNorm1d(C).double()
+    for number in range(2):
+        x = (3 + torch.randn(B, C, generator=generator, dtype=torch.float64)).requires_grad_()
+        toward = torch.randn(B, C, generator=generator, dtype=torch.float64)
+        out = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, True, 0.1, 1e-5)
+        (out * toward).sum().backward()
+        mine = results[1][0]["neck", torch.float64]
+        torch.testing.assert_close(mine[f"out{number}"], out, rtol=0, atol=1e-10)
+        torch.testing.assert_close(mine[f"input_grad{number}"], x.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(mine["weight_grad"], layer.weight.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(mine["var"], layer.running_var, rtol=0, atol=1e-10)

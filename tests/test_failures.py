@@ -1,0 +1,359 @@
+"""What goes wrong ends in one line and exit code 2, on any number of ranks, and nothing that was saved is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, free_port, launch, recipe
+from safetensors.torch import load_file
+
+from engine import checkpoint
+from engine.config import TrainConfig
+from engine.data.index import find_indexes
+from engine.data.loader import TrainLoader
+from engine.data.sampler import Sampler, make_streams
+from engine.errors import InputError
+from engine.log import quarantine
+from engine.model.instruction import build_tokenizer
+from engine.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"))
+BROKEN_ONCE = [True, False, True, True]  # whether each step changed the weights
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The one line of ours; fails when there are more, a traceback, or another exit code."""
+    said = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: ")
+    return said[0]
+
+
+@pytest.fixture(scope="session")
+def small(mini, tmp_path_factory) -> Path:
+    """A run of the smallest model with checkpoints of steps 2 and 4, and its model file beside it."""
+    output = tmp_path_factory.mktemp("small") / "run"
+    (output.parent / "small.json").write_text(json.dumps(asdict(SMALL)))
+    done = recipe(*training(mini, output, 4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def training(mini: Path, output: Path, steps: int) -> list[str | Path]:
+    config = output.parent / "small.json"
+    config.write_text(json.dumps(asdict(SMALL)))
+    return [
+        "recipes/stl.py", "--dataset", "market1501", "--data", mini, "--config", config, "--ids", "4", "--no-eval",
+        "--checkpoint-every", "2", "--output", output, "--steps", str(steps),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def copy(small, tmp_path) -> Path:
+    shutil.copytree(small, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def inject(mini: Path, output: Path, kind: str, stages: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    arguments = ("tests/inject.py", mini, output, kind, stages)
+    return recipe(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
+
+
+def changed(done: subprocess.CompletedProcess) -> list[list[bool]]:
+    return [json.loads(line)["changed"] for line in done.stdout.splitlines() if line.startswith('{"stage"')]
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("gradient", 1),
+        *[pytest.param(*case, marks=slow) for case in (("loss", 1), ("infinite", 1), ("gradient", 2), ("loss", 2))],
+    ],
+)
+def test_a_step_that_is_not_finite_is_skipped_under_every_zero_stage(mini, tmp_path, kind, ranks):
+    done = inject(mini, tmp_path, kind, "0123", ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert changed(done) == [BROKEN_ONCE] * 4
+    for stage in "0123":
+        rows = lines(tmp_path / stage / "log.jsonl")
+        assert [row["skipped"] for row in rows] == [0, 1, 1, 1]
+        assert [row["grad_norm"] is None for row in rows] == [False, True, False, False]
+        assert (rows[1]["loss"] is None) == (kind != "gradient")
+
+
+@pytest.mark.parametrize("stage", ["0", *[pytest.param(stage, marks=slow) for stage in "123"]])
+def test_twenty_such_steps_in_a_row_end_the_run(mini, tmp_path, stage):
+    done = inject(mini, tmp_path, "always", stage)
+    assert "not finite for 20 steps in a row, at step 20" in one_line(done)
+    assert changed(done) == [[False] * 20]
+    assert checkpoint.latest(tmp_path / stage / "checkpoints").name == "step-00000015"
+    assert checkpoint.load_model(tmp_path / stage)
+
+
+def test_zero_3_counts_each_gradient_once(mini, tmp_path):
+    """Each stream's head has a gradient in one micro-step of a window only. Biases of keys have no gradient but noise,
+    which Adam enlarges."""
+    assert inject(mini, tmp_path, "nothing", "03").returncode == 0
+    parts = [load_file(checkpoint.find(tmp_path / stage) / "model.safetensors") for stage in "03"]
+    for name, value in parts[0].items():
+        if "running" not in name and not name.endswith("bias"):
+            assert (parts[1][name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=slow)])
+def test_a_full_disk_ends_all_ranks_and_keeps_older_checkpoints(mini, copy, ranks):
+    """A limit on the size of a file stands for the disk: DeepSpeed's state, written by every rank, exceeds it."""
+    if ranks > 1:
+        shutil.rmtree(copy)
+        assert launch(*training(mini, copy, 4), ranks=ranks).returncode == 0
+    left = copy / "checkpoints" / ".part-step-00000003"
+    left.mkdir()
+    command = [sys.executable, *map(str, training(mini, copy, 8)), "--resume"]
+    if ranks > 1:
+        command[:1] = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+        command[3:3] = ["--master_port", str(free_port())]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    said = one_line(done)
+    assert "cannot write" in said
+    assert "free space or choose another --output" in said
+    folder = copy / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002", "step-00000004"]
+    assert lines(copy / "log.jsonl")[-1]["step"] == 6  # the next checkpoint, which did not succeed
+    assert checkpoint.load_model(copy)[2].step == 4
+
+
+def test_a_log_that_cannot_be_written(mini, copy):
+    (copy / "log.jsonl").unlink()
+    (copy / "log.jsonl").symlink_to("/dev/full")
+    said = one_line(recipe(*training(mini, copy, 6), "--resume"))
+    assert "log.jsonl: cannot write there (No space left on device)" in said
+    assert checkpoint.load_model(copy)[2].step == 4
+
+
+def test_results_that_cannot_be_written(mini, small, tmp_path):
+    (tmp_path / "metrics.json").symlink_to("/dev/full")
+    done = recipe(
+        "recipes/evaluate.py", "--checkpoint", small, "--data", mini, "--dataset", "market1501", "--quick",
+        "--tasks", "trad", "--output", tmp_path,
+    )  # fmt: skip
+    assert "metrics.json: cannot write there (No space left on device)" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("mini", "--output", "/proc/mini"),
+        ("mini", "--output", "TMP/mini", "--train-ids", "1"),
+        ("index", "--data", "TMP"),
+        ("index", "--data", "TMP/none"),
+        ("index", "--date", "TMP"),
+    ],
+)
+def test_data_recipes(tmp_path, arguments, capsys, monkeypatch):
+    from recipes import data
+
+    assert data.main([text.replace("TMP", str(tmp_path)) for text in arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--wrong"], "unrecognized arguments: --wrong"),
+        (["--output", "/proc/run"], "--output /proc/run: cannot write"),
+    ],
+)
+def test_two_ranks_say_it_once(mini, tmp_path, options, message):
+    done = launch(*training(mini, tmp_path / "run", 2), *options, ranks=2)
+    assert message in one_line(done)
+
+
+@slow
+def test_what_one_rank_meets_ends_the_others(mini, tmp_path):
+    """No image of one identity can be decoded: only the rank that draws it knows."""
+    shutil.copytree(mini / "Market-1501-v15.09.15", tmp_path / "data" / "Market-1501-v15.09.15")
+    images = sorted((tmp_path / "data" / "Market-1501-v15.09.15" / "bounding_box_train").glob("*.jpg"))
+    for image in images:
+        if image.name.split("_")[0] == images[0].name.split("_")[0]:
+            image.write_bytes(b"no image")
+    said = one_line(launch(*training(tmp_path / "data", tmp_path / "run", 20), ranks=2))
+    assert "cannot be decoded, nor can other images of that identity" in said
+    noted = [row["path"] for row in lines(tmp_path / "run" / "quarantine.jsonl")]
+    assert len(noted) == len(set(noted)) > 0
+
+
+def test_a_damaged_file_is_noted_once(tmp_path):
+    file = tmp_path / "quarantine.jsonl"
+    file.write_text('{"path": "cut by a k')
+    file.write_text("")
+    for path, step in (("a.jpg", 1), ("b.jpg", 2), ("a.jpg", 3)):
+        quarantine(file, Path(path), "cannot be decoded", step)
+    assert [(row["path"], row["step"]) for row in lines(file)] == [("a.jpg", 1), ("b.jpg", 2)]
+
+
+@pytest.mark.parametrize("task", ["ctcc", "li", "t2i"])
+def test_a_substitute_brings_its_own_instruction(mini, tmp_path, task):
+    folder = "CUHK-PEDES" if task == "t2i" else "COCAS+"
+    shutil.copytree(mini / folder, tmp_path / folder)
+    indexes = find_indexes(tmp_path)
+    sampler = Sampler(make_streams(indexes, (task,)), seed=0, ids=4, images_per_id=4)
+    whole = sampler.sample(0)
+    index = whole.stream.index
+    wanted = int(whole.instruction_rows[0])  # for ctcc and li the record whose clothes the first image asks for
+    damaged = index.clothes_picture(wanted)[0] if task == "ctcc" else index.path(wanted)
+    damaged.write_bytes(b"no image")
+    config = TrainConfig(data=str(tmp_path), model=SMALL, workers=1)
+    tokenizer = build_tokenizer(iter(["a person"]))
+    found: list[Path] = []
+
+    def loader() -> TrainLoader:
+        return TrainLoader(
+            sampler, config, tokenizer, torch.device("cpu"), rank=0, start=0,
+            quarantine=lambda path, reason, step: found.append(path),
+        )  # fmt: skip
+
+    surprised, warned = loader(), loader()
+    warned.damaged.add(damaged)
+    batch, sample = surprised.next()
+    again, same = warned.next()
+    assert set(found) == {damaged}
+    bad = [
+        row
+        for row in {*whole.rows, *whole.instruction_rows}
+        if index.path(row) == damaged
+        or (task == "ctcc" and row in whole.instruction_rows and index.clothes_picture(row)[0] == damaged)
+    ]
+    hit = np.isin(whole.rows, bad)
+    assert hit.any()
+    assert not hit.all()
+    assert not np.isin(sample.rows, whole.rows[hit]).any()
+    assert not np.isin(sample.instruction_rows, whole.rows[hit]).any()
+    assert (sample.rows[~hit] == whole.rows[~hit]).all()
+    own = hit & (whole.instruction_rows == whole.rows)
+    assert own.any()
+    assert (sample.instruction_rows[own] == sample.rows[own]).all()
+    assert (index.pid[sample.rows] == index.pid[whole.rows]).all()
+    assert torch.equal(batch.images, again.images)
+    assert (sample.rows == same.rows).all()
+    if task == "ctcc":
+        assert torch.equal(batch.clothes, again.clothes)
+    else:
+        for sentence, row in zip(surprised._sentences(sample), sample.instruction_rows, strict=True):
+            assert sentence in index.captions(row)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: shutil.rmtree(c.parent.parent), "no such folder"),
+        (lambda c: shutil.rmtree(c.parent), "no checkpoint there"),
+        (lambda c: cut(c / "model.safetensors"), "model.safetensors: damaged or cut short"),
+        (lambda c: (c / "model.safetensors").write_text("x"), "model.safetensors: damaged or cut short"),
+        (lambda c: (c / "config.json").write_text('{"steps"'), "config.json: .*not JSON"),
+        (lambda c: change(c / "config.json", steps="abc"), "config.json: .*steps 'abc': expected int"),
+        (lambda c: change(c / "config.json", stepz=1), "config.json: .*unknown fields stepz"),
+        (
+            lambda c: change(c / "config.json", model=asdict(replace(SMALL, width=32))),
+            "not the model of its config.json",
+        ),
+        (lambda c: (c / "tokenizer.json").write_text("{}"), "tokenizer.json: not of a checkpoint"),
+        (lambda c: (c / "tokenizer.json").unlink(), "tokenizer.json: not of a checkpoint"),
+        (lambda c: build_tokenizer(iter(["a b"])).save(str(c / "tokenizer.json")), "tokenizer.json: .*tokens, but"),
+        (lambda c: change(c / "state.json", format=99), "state.json: .*format 99.*newer engine"),
+        (lambda c: change(c / "state.json", heads={"trad/market1501": "many"}), "state.json: .*wrong type"),
+    ],
+)
+def test_checkpoints_of_something_else(copy, damage, message):
+    damage(copy / "checkpoints" / "step-00000004")
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.load_model(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "step-00000099\n", "../..", "\xff"])
+def test_latest_that_points_to_nothing(copy, content):
+    (copy / "checkpoints" / "latest").write_text(content)
+    assert checkpoint.latest(copy / "checkpoints").name == "step-00000004"
+
+
+@pytest.mark.parametrize(
+    ("config", "state", "tokenizer", "message"),
+    [
+        ({"model": replace(SMALL, depth=2)}, {}, None, "has model"),
+        ({"seed": 1}, {}, None, "has seed 0, this run has 1"),
+        ({}, {"streams": ["trad/msmt17"]}, None, "has streams"),
+        ({}, {"world": 2}, None, "has world 1, this run has 2"),
+        ({}, {}, "other words", "another vocabulary"),
+    ],
+)
+def test_resuming_another_run(small, config, state, tokenizer, message):
+    stored_config, stored, stored_tokenizer = checkpoint.read_facts(checkpoint.find(small))
+    other = stored_tokenizer if tokenizer is None else build_tokenizer(iter([tokenizer]))
+    with pytest.raises(InputError, match=message):
+        checkpoint.resume(
+            small / "checkpoints", None, replace(stored, **state), stored_config.but(**config), other, CPU
+        )
+
+
+def test_resuming_without_the_optimiser(mini, copy):
+    shutil.rmtree(copy / "checkpoints" / "step-00000004" / "deepspeed")
+    said = one_line(recipe(*training(mini, copy, 6), "--resume"))
+    assert "step-00000004/deepspeed cannot be loaded" in said
+
+
+@pytest.mark.parametrize("target", ["command", pytest.param("launcher", marks=slow)])
+def test_sigterm_to_deepspeed_saves(mini, tmp_path, target):
+    """The command does not pass it on, but its ranks see that it is gone; its launcher passes it on."""
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    output = tmp_path / "run"
+    command = [deepspeed, "--num_gpus", "1", "--master_port", str(free_port()), *training(mini, output, 100_000)]
+    process = subprocess.Popen([*map(str, command), "--checkpoint-every", "100000"], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        wait_for(lambda: (output / "log.jsonl").exists() and (output / "log.jsonl").read_text())
+        launcher = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()[0])
+        os.kill(process.pid if target == "command" else launcher, signal.SIGTERM)
+        assert process.wait(60) == (-signal.SIGTERM if target == "command" else 1)
+        wait_for(lambda: not Path(f"/proc/{launcher}").exists())
+    finally:
+        process.kill()
+    step = lines(output / "log.jsonl")[-1]["step"]
+    assert checkpoint.load_model(output)[2].step == step
+
+
+def wait_for(what, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
