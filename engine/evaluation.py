@@ -433,14 +433,8 @@ class Evaluation:
         blocks, world = _blocks(count), self.runtime.world
         own = blocks[self.runtime.rank :: world]
         parts: list[Tensor] = []
-        error = None
-        try:
-            parts.extend(self.threads.map(work, zip(own, inputs(own), strict=True)))
-        except InputError as found:
-            error = found
         with self.runtime.together():
-            if error is not None:
-                raise error
+            parts.extend(self.threads.map(work, zip(own, inputs(own), strict=True)))
         if not self.runtime.main:
             for part in parts:
                 self.runtime.send(part)

@@ -107,7 +107,10 @@ def training_parser(description: str) -> Parser:
         help="evaluate with one instruction sentence instead of 20 and the first drawn gallery",
     )
     add(
-        "--check", action="store_true", help="exit 1 unless every stream's loss fell and mAP beats chance and untrained"
+        "--check",
+        action="store_true",
+        help="exit 1 unless every stream's loss fell, every task beats chance, the untrained network, colours and "
+        "pixels by a margin, and exchanged instructions cost what they must (a line for each)",
     )
     add("--no-eval", action="store_true", help="train only")
     add("--save-features", action="store_true", help="write the test features to features.npz")
