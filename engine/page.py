@@ -37,7 +37,7 @@ def tag(name: str, *content: object, **attributes: object) -> Markup:
     """<name attributes>content</name>. class_ and aria_label stand for class and aria-label; None leaves one out."""
     named = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
     start = name + "".join(f' {key}="{html.escape(str(value))}"' for key, value in named)
-    return Markup(f"<{start}>" if name in ("img", "polyline", "circle") else f"<{start}>{join(*content)}</{name}>")
+    return Markup(f"<{start}>" if name == "img" else f"<{start}>{join(*content)}</{name}>")
 
 
 def join(*content: object) -> Markup:
@@ -93,8 +93,8 @@ def _rankings(metrics: dict[str, Any], examples: Mapping[tuple[str, str], list[E
     """A section of each task, the first protocol unfolded."""
     legend = tag(
         "p",
-        *(tag("span", "✓ match", class_="badge match"), " ", tag("span", "✗ other", class_="badge other"), ", score. "),
-        "Queries are drawn at random, then found and missed ones taken in halves; the table says how often each is so.",
+        *(tag("span", "✓ match", class_="badge match"), " ", tag("span", "✗ other", class_="badge other"), " "),
+        "with its score. Queries are drawn at random, found and missed in halves; the table says how often each is so.",
         class_="quiet",
     )
     for task, protocols in metrics["tasks"].items():
@@ -268,12 +268,11 @@ figure{margin:0}
 img{display:block;height:8rem;width:auto;max-width:9rem;object-fit:contain;background:var(--panel)}
 blockquote{margin:0 0 .5rem;padding-left:.75rem;border-left:3px solid var(--line)}
 ol{display:flex;gap:.5rem;list-style:none;margin:0;padding:0 0 .5rem}
-li{flex:none}
-li img{border:4px solid;height:8.5rem}
-li.match img{border-color:var(--match)}li.other img{border-color:var(--other)}
+li{flex:none;padding:4px 4px 0}
+li img{margin:0 auto}
 .badge{display:inline-block;padding:0 .4rem;color:#fff;font-size:.8rem;font-variant-numeric:tabular-nums}
-li .badge{display:block;text-align:center;white-space:nowrap}
-.badge.match{background:var(--match)}.badge.other{background:var(--other)}
+li .badge{display:block;padding:0;text-align:center;white-space:nowrap}
+.match{background:var(--match)}.other{background:var(--other)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:1rem}
 .charts figcaption{display:flex;justify-content:space-between}
 svg{display:block;width:100%;background:var(--panel);border-radius:.25rem}
