@@ -21,6 +21,10 @@ class ModelConfig:
     clothes_size  size of a clothes picture before the picture tower
     text_tokens   longest instruction in tokens, CLS and SEP included; what is longer is cut
     embed         size of the projections that text-to-image search compares
+    embed_norm    whiten the projections by batch statistics: from nothing, all sentences are nearly parallel (cosine
+                  0.99) and the contrastive loss finds no way out; pre-trained towers need it not
+    gate          initial value of all gates: 0 keeps a pre-trained ViT what it is; a model that starts from nothing has
+                  nothing to keep, and with 0 its instruction moves nothing for hundreds of steps
     """
 
     name: str = "irm_base"
@@ -40,6 +44,8 @@ class ModelConfig:
     instruction_width: int = 768
     fusion_depth: int = 2
     embed: int = 256
+    embed_norm: bool = False
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", tuple(self.image_size))
@@ -76,6 +82,8 @@ MODELS: dict[str, ModelConfig] = {
         instruction_width=128,
         fusion_depth=1,
         embed=128,
+        embed_norm=True,
+        gate=0.3,
     ),
 }
 
@@ -93,6 +101,9 @@ class TrainConfig:
     seed: int = 0
     ids: int = 32
     images_per_id: int = 4
+    shares: dict[str, int] = field(default_factory=dict)  # task -> micro-steps of each of its streams per cycle (1)
+    leaders: tuple[str, ...] = ()  # tasks whose streams train alone at first, `ahead` micro-steps of each
+    ahead: int = 0
     window: int = 0  # micro-steps (one stream each) per optimiser step; 0 = one per stream
     lr: float = 1e-5
     lr_start: float = 1e-7
@@ -121,6 +132,7 @@ class TrainConfig:
         if isinstance(self.model, dict):
             object.__setattr__(self, "model", ModelConfig(**self.model))
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "leaders", tuple(self.leaders))
         if self.datasets is not None:
             object.__setattr__(self, "datasets", tuple(self.datasets))
         unknown = [task for task in self.tasks if task not in TASKS]

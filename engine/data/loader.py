@@ -96,7 +96,10 @@ class TrainLoader:
         sample = self.sampler.sample(micro_step, self.rank)
         index = sample.stream.index
         rows = self._readable(micro_step, sample, sample.instruction_rows, lambda row: index.clothes_picture(row)[0])
-        pictures = [index.clothes_picture(row) for row in rows]
+        pictures = [  # a query names the clothes it wants, a gallery image shows its own: so in training
+            index.clothes_picture(asked) if asked != own else index.worn(own)
+            for own, asked in zip(sample.rows.tolist(), rows, strict=True)
+        ]
         return plain([path for path, _ in pictures], [box for _, box in pictures])
 
     def _readable(
