@@ -206,7 +206,7 @@ def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer
             (what, getattr(old, what), getattr(new, what))
             for old, new, names in (
                 (stored, state, ("world", "streams", "heads")),
-                (old_config, config, ("model", "seed", "ids", "images_per_id", "window")),
+                (old_config, config, ("model", "seed", "ids", "images_per_id", "window", "shares", "leaders", "ahead")),
             )
             for what in names
             if getattr(old, what) != getattr(new, what)

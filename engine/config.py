@@ -41,6 +41,10 @@ class ModelConfig:
     clothes_size  size of a clothes picture before the picture tower
     text_tokens   longest instruction in tokens, CLS and SEP included; what is longer is cut
     embed         size of the projections that text-to-image search compares
+    embed_norm    whiten the projections by batch statistics: from nothing, all sentences are nearly parallel (cosine
+                  0.99) and the contrastive loss finds no way out; pre-trained towers need it not
+    gate          initial value of all gates: 0 keeps a pre-trained ViT what it is; a model that starts from nothing has
+                  nothing to keep, and with 0 its instruction moves nothing for hundreds of steps
     """
 
     name: str = "irm_base"
@@ -60,6 +64,8 @@ class ModelConfig:
     instruction_width: int = 768
     fusion_depth: int = 2
     embed: int = 256
+    embed_norm: bool = False
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -97,6 +103,8 @@ MODELS: dict[str, ModelConfig] = {
         instruction_width=128,
         fusion_depth=1,
         embed=128,
+        embed_norm=True,
+        gate=0.3,
     ),
 }
 
@@ -114,6 +122,9 @@ class TrainConfig:
     seed: int = 0
     ids: int = 32
     images_per_id: int = 4
+    shares: dict[str, int] = field(default_factory=dict)  # task -> micro-steps of each of its streams per cycle (1)
+    leaders: tuple[str, ...] = ()  # tasks whose streams train alone at first, `ahead` micro-steps of each
+    ahead: int = 0
     window: int = 0  # micro-steps (one stream each) per optimiser step; 0 = one per stream
     lr: float = 1e-5
     lr_start: float = 1e-7
@@ -144,6 +155,7 @@ class TrainConfig:
         if isinstance(self.model, dict):
             object.__setattr__(self, "model", ModelConfig(**_known(ModelConfig, self.model)))
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "leaders", tuple(self.leaders))
         if self.datasets is not None:
             object.__setattr__(self, "datasets", tuple(self.datasets))
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -153,13 +165,16 @@ class TrainConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
-        for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip"):
+        for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip", "ahead"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.seed >= 1 << 63:
             raise InputError(f"--seed {self.seed}: expected less than 2**63")
         if self.mining not in ("all", "hard"):
             raise InputError(f"--mining {self.mining!r}: expected all or hard")
+        for task, share in [*self.shares.items(), *((task, 1) for task in self.leaders)]:
+            if task not in TASKS or type(share) is not int or share < 1:
+                raise InputError(f"shares {self.shares}, leaders {self.leaders}: expected tasks, shares of 1 or more")
         if self.feature not in ("cls", "fout", "concat"):
             raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
         if self.device not in ("auto", "cpu", "cuda"):

@@ -59,7 +59,9 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
 
 
 def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
-    """Eq. 8: contrastive loss on the projections, and matching loss on F_out of true and of the hardest wrong pairs."""
+    """Eq. 8: contrastive loss on the projections, and matching loss on F_out of true pairs and of wrong ones: one for
+    each picture and each text, the likelier the more similar (ALBEF). The most similar ones alone teach nothing: they
+    are people who look the same."""
     assert batch.text is not None
     assert batch.text_lengths is not None
     instruction = model.instruct.of_text(batch.text, batch.text_lengths)
@@ -68,13 +70,14 @@ def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
     pictures_BE, texts_BE = model.image_embedding(seen).float(), model.text_embedding(instruction).float()
     with torch.autocast(batch.images.device.type, enabled=False):
         similarity = pictures_BE @ texts_BE.mT
-        contrastive = contrastive_loss(model.temperature(similarity), same)
-    wrong = similarity.detach().masked_fill(same, -torch.inf)
+        logits = model.temperature(similarity)
+        contrastive = contrastive_loss(logits, same)
+    wrong = logits.detach().masked_fill(same, -torch.inf)
+    sentence_of = torch.multinomial(wrong.softmax(1), 1)[:, 0]
+    picture_of = torch.multinomial(wrong.mT.softmax(1), 1)[:, 0]
     pairs = torch.arange(len(same), device=same.device)
-    pictures = torch.cat(
-        [pairs, pairs, wrong.argmax(0)]
-    )  # true pairs; each picture's and each text's hardest wrong pair
-    texts = torch.cat([pairs, wrong.argmax(1), pairs])
+    pictures = torch.cat([pairs, pairs, picture_of])
+    texts = torch.cat([pairs, sentence_of, pairs])
     lengths = instruction.lengths
     chosen = Instruction(instruction.tokens[texts], None if lengths is None else lengths[texts], instruction.cls[texts])
     logits = model.match_scores(seen.tokens[pictures], chosen).float()

@@ -46,12 +46,19 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         indexes = find_indexes(Path(config.data), config.datasets)
         streams = make_streams(indexes, config.tasks)
         sampler = Sampler(
-            streams, seed=config.seed, ids=config.ids, images_per_id=config.images_per_id, world=runtime.world
+            streams,
+            seed=config.seed,
+            ids=config.ids,
+            images_per_id=config.images_per_id,
+            world=runtime.world,
+            shares=config.shares,
+            leaders=config.leaders,
+            ahead=config.ahead,
         )
         tokenizer = build_tokenizer(_corpus(indexes))
     for note in sampler.notes:
         say(note)
-    window = config.window or len(streams)
+    window = config.window or len(sampler.cycle)
     model = build_model(config, streams, tokenizer)
     say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(streams)} streams "

@@ -41,8 +41,10 @@ def run(pictures: Pictures, size=SIZE, **options) -> torch.Tensor:
     return pipeline.next()
 
 
-def augmentation(count: int, flip=0.0, shift=(0.0, 0.0), erase=(0.0,) * 4, jitter=(0.0,) * 4) -> Augmentation:
-    return Augmentation(*(np.float32([value] * count) for value in (flip, shift, erase, jitter)))
+def augmentation(
+    count: int, flip=0.0, shift=(0.0, 0.0), erase=(0.0,) * 4, jitter=(0.0,) * 4, channels=(0, 1, 2)
+) -> Augmentation:
+    return Augmentation(*(np.float32([value] * count) for value in (flip, shift, erase, jitter, channels)))
 
 
 def test_decoding_equals_pillow(files):
@@ -77,6 +79,14 @@ def test_flip_shift_and_erase(files):
     assert (erased[:, :, 32:96, 32:48] == 0).all()
     erased[:, :, 32:96, 32:48] = base[:, :, 32:96, 32:48]
     assert torch.allclose(erased, base, atol=1e-6)
+
+
+def test_a_channel_stands_for_others(files):
+    plain_images = run(plain(files), augment=False)
+    moved = run(plain(files)._replace(augmentation=augmentation(len(files), channels=(2, 2, 0))), augment=True)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    grey_levels = (plain_images * std + mean)[:, [2, 2, 0]]
+    assert (moved - (grey_levels - mean) / std).abs().max() < 1e-4
 
 
 def test_colour_jitter_changes_colours_only_when_asked(files):

@@ -92,6 +92,25 @@ def test_every_stream_once_per_cycle():
         assert {occurrence for _, occurrence in located} == {cycle}
 
 
+def test_shares_and_the_leaders_head_start():
+    streams = [stream(number=number, task=task) for number, task in enumerate(("trad", "trad", "cc", "vi"))]
+    one = Sampler(tuple(streams), seed=3, ids=16, images_per_id=4, shares={"vi": 3}, leaders=("trad",), ahead=2)
+    located = [(item.number, occurrence) for item, occurrence in map(one.locate, range(4 + 2 * 6))]
+    assert sorted(located[:4]) == [(0, 0), (0, 1), (1, 0), (1, 1)]  # the leaders alone, each twice
+    for cycle in range(2):  # then each once per cycle, vi three times; no occurrence is skipped or used twice
+        part = sorted(located[4 + 6 * cycle : 10 + 6 * cycle])
+        assert part == [(0, 2 + cycle), (1, 2 + cycle), (2, cycle), *((3, 3 * cycle + i) for i in range(3))]
+
+
+def test_visible_infrared_training_drops_colour_half_of_the_time():
+    one = sampler([stream(task="vi", infrared=3)])
+    channels = np.concatenate([one.sample(step).augmentation.channels for step in range(50)])
+    coloured = (channels == [0, 1, 2]).all(1)
+    assert 0.45 < coloured.mean() < 0.55
+    assert set(channels[~coloured][:, 0]) == {0, 1, 2}
+    assert (channels[~coloured] == channels[~coloured][:, :1]).all()
+
+
 def test_rows_belong_to_labels_and_do_not_repeat():
     one = sampler([stream(24, images=(5, 2))])
     for step in range(6):
@@ -143,7 +162,8 @@ def test_a_replacement_is_another_image_of_the_identity():
 
 def test_augmentation_is_as_stated():
     parts = [sampler([stream(24)]).sample(step).augmentation for step in range(50)]
-    flip, shift, erase, _ = (np.concatenate(column) for column in zip(*parts, strict=True))
+    flip, shift, erase, _, channels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    assert (channels == [0, 1, 2]).all()
     assert set(flip) == {0, 1}
     assert 0.45 < flip.mean() < 0.55
     assert np.abs(shift).max() <= 1

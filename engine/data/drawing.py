@@ -236,6 +236,23 @@ def make_outfit(generator: np.random.Generator, gender: str) -> Outfit:
     )
 
 
+def with_own(outfit: Outfit, own: Outfit, shoes: bool, bag: bool) -> Outfit:
+    """The outfit, but with the shoes or the bag of `own`."""
+    words, nir = dict(outfit.words), list(outfit.nir)
+    if shoes:
+        words |= {key: own.words[key] for key in ("shoes color", "shoes style")}
+        nir[3] = own.nir[3]
+    if bag:
+        words["bag style"] = own.words["bag style"]
+        nir[4] = own.nir[4]
+    return outfit._replace(
+        words=words,
+        shoes=own.shoes if shoes else outfit.shoes,
+        bag=own.bag if bag else outfit.bag,
+        nir=tuple(nir),
+    )
+
+
 def make_camera(generator: np.random.Generator, style: Style, seed: tuple[int, ...]) -> Camera:
     """Draw a camera of a data set of this style; `seed` is that of its scenery."""
     gray, warm = generator.uniform(95, 185), generator.normal(0, 7)
@@ -323,12 +340,13 @@ def _visible(person: Person, outfit: Outfit) -> Palette:
 
 
 def _infrared(palette: Palette, outfit: Outfit) -> Palette:
-    """Dyes hardly absorb near infrared: cloth is bright or dark whatever its colour; skin is bright, hair lighter."""
+    """Most dyes hardly absorb near infrared, pigments do: half of a cloth's brightness follows from its colour, half is
+    its own. Skin is bright, hair lighter."""
     luma = {key: (3 * r + 6 * g + b) / 10 for key, (r, g, b) in palette.items()}
     gray = {key: 0.35 * value + 75 for key, value in luma.items()}
     gray |= {"skin": 150 + 0.35 * luma["skin"], "hair": 45 + 0.75 * luma["hair"], "dark": 40, "band": 255}
     cloth = ("coat", "coat2", "trousers", "shoes", "bag", "hat")
-    gray |= {key: 40 + 200 * value for key, value in zip(cloth, outfit.nir, strict=True)}
+    gray |= {key: 40 + 100 * own + 0.4 * luma[key] for key, own in zip(cloth, outfit.nir, strict=True)}
     return {key: (int(value), int(value), int(value)) for key, value in gray.items()}
 
 

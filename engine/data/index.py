@@ -76,7 +76,11 @@ class Index:
     def clothes_picture(self, row: int) -> tuple[Path, Box]:
         """Picture of the clothes and the box of it to use: the whole template or crop, else the image's upper body."""
         picture = self.table["clothes_picture"][int(row)].as_py()
-        return (self.root / picture, WHOLE) if picture else (self.path(row), UPPER_BODY)
+        return (self.root / picture, WHOLE) if picture else self.worn(row)
+
+    def worn(self, row: int) -> tuple[Path, Box]:
+        """The image itself and the box of its upper body."""
+        return self.path(row), UPPER_BODY
 
     def select(self, *splits: str, modality: str | None = None) -> np.ndarray:
         """Row numbers (int64, ascending) of these splits, optionally of one modality."""

@@ -104,7 +104,11 @@ class TrainLoader:
 
     def _clothes(self, micro_step: int) -> Pictures:
         sample, _ = self._sample(micro_step)
-        pictures = [sample.stream.index.clothes_picture(row) for row in sample.instruction_rows]
+        index = sample.stream.index
+        pictures = [  # a query names the clothes it wants, a gallery image shows its own: so in training
+            index.clothes_picture(asked) if asked != own else index.worn(own)
+            for own, asked in zip(sample.rows.tolist(), sample.instruction_rows.tolist(), strict=True)
+        ]
         return plain([path for path, _ in pictures], [box for _, box in pictures])
 
     def _sample(self, micro_step: int) -> tuple[Sample, bool]:

@@ -29,9 +29,10 @@ from engine.data.drawing import Camera, Outfit, Person, Shot, Style
 from engine.errors import InputError
 from engine.instructions import describe
 
-FORMAT = 1  # raise when what is drawn or written changes: older folders are then refused
+FORMAT = 2  # raise when what is drawn or written changes: older folders are then refused
 TEMPLATE: drawing.Size = (96, 96)
-_PERSON, _OUTFIT, _CAMERA, _SCENERY, _SHOT, _DEAL, _TEXT = range(7)  # what a random stream is for
+KEPT = 0.7  # chance that an outfit is worn with the person's own shoes; the same for the bag
+_PERSON, _OUTFIT, _CAMERA, _SCENERY, _SHOT, _DEAL, _TEXT, _HABIT = range(8)  # what a random stream is for
 
 
 class Options(NamedTuple):
@@ -102,6 +103,16 @@ class Studio:
     def outfit(self, number: int) -> Outfit:
         return drawing.make_outfit(self.generator(_OUTFIT, number), _gender(number))
 
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def worn(self, take: Take) -> Outfit:
+        """The outfit as this person wears it: who changes coat and trousers mostly keeps the shoes and the bag."""
+        outfit = self.outfit(take.outfit)
+        if self.layout.outfits[1] == 1:
+            return outfit
+        own = drawing.make_outfit(self.generator(_HABIT, take.person), _gender(take.person))
+        shoes, bag = self.generator(_HABIT, take.person, take.outfit).random(2) < KEPT
+        return drawing.with_own(outfit, own, shoes, bag)
+
     @lru_cache(maxsize=64)  # noqa: B019
     def camera(self, number: int) -> Camera:
         return drawing.make_camera(self.generator(_CAMERA, number), self.layout.style, self.key(_SCENERY, number))
@@ -114,7 +125,7 @@ class Studio:
 
     def words(self, take: Take) -> dict[str, str]:
         """The 20 attributes of a take."""
-        return drawing.attributes(self.person(take.person), self.outfit(take.outfit), self.shot(take)[0])
+        return drawing.attributes(self.person(take.person), self.worn(take), self.shot(take)[0])
 
     def sentences(self, take: Take, count: int) -> list[str]:
         generator, words = self.generator(_TEXT, take.number), self.words(take)
@@ -205,6 +216,11 @@ def _firsts(takes: Iterable[Take], key: Callable[[Take], object]) -> tuple[list[
 
 def _lines(rows: Iterable[str]) -> bytes:
     return "".join(f"{row}\n" for row in rows).encode()
+
+
+def _flat(sentence: str) -> str:
+    """As OmniReID's caption files have them: lower case, no punctuation, 50 words at most."""
+    return " ".join(re.sub(r"[^a-z\- ]", "", sentence.lower()).split()[:50])
 
 
 def _json(value: object) -> bytes:
@@ -448,8 +464,7 @@ def _cocas(studio: Studio) -> Plan:
             files[take.number] = f"images/{stem}.jpg"
             crop = f"COCAS+/real2/crops/{stem}.jpg" if kind == "g" else ""
             pictures.append(Picture(f"COCAS+/{real}/images/{stem}.jpg", "cocas", take, crop=crop))
-            text = re.sub(r"[^a-z\- ]", "", studio.sentences(take, 1)[0].lower())
-            sentences[stem] = " ".join(text.split()[:50])
+            sentences[stem] = _flat(studio.sentences(take, 1)[0])
         return files, sentences
 
     def template(outfit: int) -> str:
@@ -490,8 +505,10 @@ def _cocas(studio: Studio) -> Plan:
     asked, _ = shoot("real2", queries, "q")
     asks = []
     for query, target_take in zip(queries, wanted, strict=True):
+        file = asked[query.number]  # what is wanted, in other words than the gallery's
+        sentences[stem(file)] = _flat(describe(studio.words(target_take), studio.generator(_TEXT, query.number, 1)))
         tail = f"{query.person + 1} {target_take.outfit} {query.camera}"
-        asks.append((asked[query.number], template(target_take.outfit), stem(files[target_take.number]), tail))
+        asks.append((file, template(target_take.outfit), stem(file), tail))
     texts["real2/query.txt"] = _lines(f"{file} {clothes} {tail}" for file, clothes, _, tail in asks)
     texts["real2/datalist/query.txt"] = texts["real2/query.txt"]
     texts["real2/datalist/query_attr.txt"] = _lines(f"{file} {key} {tail}" for file, _, key, tail in asks)
@@ -549,7 +566,7 @@ def _write_pictures(root: Path, options: Options, pictures: Sequence[Picture]) -
             continue
         take = picture.take
         shot, noise = studio.shot(take, picture.junk)
-        person, outfit, camera = studio.person(take.person), studio.outfit(take.outfit), studio.camera(take.camera)
+        person, outfit, camera = studio.person(take.person), studio.worn(take), studio.camera(take.camera)
         image, box = drawing.draw(person, outfit, camera, shot, noise, take.nir)
         _save(image, file)
         if picture.crop:

@@ -39,8 +39,9 @@ def plain(paths: Sequence[Path], boxes: Sequence[Box] | None = None) -> Pictures
     """Pictures without augmentation (tests, clothes)."""
     count = len(paths)
     rectangles = np.asarray(boxes or [WHOLE] * count, dtype=np.float32)
-    nothing = (np.zeros((count, *shape), dtype=np.float32) for shape in ((), (2,), (4,), (4,)))
-    return Pictures(paths, rectangles, Augmentation(*nothing))
+    flip, shift, erase, jitter = (np.zeros((count, *shape), dtype=np.float32) for shape in ((), (2,), (4,), (4,)))
+    channels = np.tile(np.arange(3, dtype=np.float32), (count, 1))
+    return Pictures(paths, rectangles, Augmentation(flip, shift, erase, jitter, channels))
 
 
 class DecodeError(RuntimeError):
@@ -193,7 +194,7 @@ def _graph(
         images = fn.resize(images, size=list(size), interp_type=types.INTERP_LINEAR, antialias=True)
         mirror: Any = 0
         if augment:
-            flip, shift, erase = random[:3]
+            flip, shift, erase, channels = random[0], random[1], random[2], random[-1]
             mirror = fn.cast(flip, dtype=types.INT32)
             images = fn.slice(
                 images,
@@ -203,6 +204,11 @@ def _graph(
                 out_of_bounds_policy="pad",
                 fill_values=0,
             )
+            taken = [
+                fn.slice(images, start=fn.cast(channels[i : i + 1], dtype=types.INT32), shape=[1], axes=[2])
+                for i in range(3)
+            ]
+            images = fn.cat(*taken, axis=2)
         if augment and colour_jitter:
             jitter = random[3]
             images = fn.color_twist(

@@ -11,6 +11,7 @@ twice.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,13 +54,15 @@ class Augmentation(NamedTuple):
     """Random numbers of B images, float32; engine.data.pipeline turns them into operations.
 
     flip [B] 0 or 1; shift [B, 2] vertical, horizontal in -1..1 (of the padding); erase [B, 4] top, left, height,
-    width as fractions of the image (zero size = none); jitter [B, 4] brightness, contrast, saturation, hue in -1..1
+    width as fractions of the image (zero size = none); jitter [B, 4] brightness, contrast, saturation, hue in -1..1;
+    channels [B, 3] the channel (0, 1, 2) that red, green and blue are taken from
     """
 
     flip: NDArray[np.float32]
     shift: NDArray[np.float32]
     erase: NDArray[np.float32]
     jitter: NDArray[np.float32]
+    channels: NDArray[np.float32]
 
 
 class Sample(NamedTuple):
@@ -108,11 +111,28 @@ class Sampler:
 
     streams        from make_streams
     ids            wished identities per global batch (P); images_per_id: K
+    shares         task -> how often a cycle uses each of its streams (once where it is not named)
+    leaders        tasks whose streams train alone at first, for `ahead` micro-steps of each
     world          ranks; P is rounded down to a multiple of it and to what a stream has (see `notes`)
     """
 
-    def __init__(self, streams: tuple[Stream, ...], *, seed: int, ids: int, images_per_id: int, world: int = 1):
+    def __init__(
+        self,
+        streams: tuple[Stream, ...],
+        *,
+        seed: int,
+        ids: int,
+        images_per_id: int,
+        world: int = 1,
+        shares: Mapping[str, int] | None = None,
+        leaders: Collection[str] = (),
+        ahead: int = 0,
+    ):
         self.streams, self.seed, self.world = streams, seed, world
+        self.shares = [(shares or {}).get(stream.task.name, 1) for stream in streams]
+        self.cycle = np.repeat(np.arange(len(streams)), self.shares)
+        self.leaders = np.array([stream.number for stream in streams if stream.task.name in leaders], dtype=np.int64)
+        self.ahead = ahead
         self.batches: list[tuple[int, int]] = []  # (P, K) of each stream
         self.notes: list[str] = []  # one line for each stream whose P differs from the wish
         for stream in streams:
@@ -130,10 +150,17 @@ class Sampler:
             self.batches.append((ids_here, images))
 
     def locate(self, micro_step: int) -> tuple[Stream, int]:
-        """The micro-step's stream and how often that stream was used before. Every cycle uses each stream once."""
-        cycle, place = divmod(micro_step, len(self.streams))
-        order = _generator(self.seed, ORDER, 0, cycle).permutation(len(self.streams))
-        return self.streams[order[place]], cycle
+        """The micro-step's stream and how often that stream was used before. Every cycle uses each stream as often as
+        its share says; the head start has cycles of its own, before."""
+        early = micro_step < self.ahead * len(self.leaders)
+        members = self.leaders if early else self.cycle
+        cycle, place = divmod(micro_step if early else micro_step - self.ahead * len(self.leaders), len(members))
+        order = members[_generator(self.seed, ORDER, int(early), cycle).permutation(len(members))]
+        number = order[place]
+        if early:
+            return self.streams[number], cycle
+        before = cycle * self.shares[number] + int(np.count_nonzero(order[:place] == number))
+        return self.streams[number], before + (self.ahead if number in self.leaders else 0)
 
     def identities(self, stream: Stream, occurrence: int) -> NDArray[np.int64]:
         """[P] labels of the stream's batch number `occurrence`, all different."""
@@ -157,7 +184,9 @@ class Sampler:
             instruction_rows = _as_queries(rows.reshape(P, K), images).ravel()
         choice = images.random(P * K)
         sentence = int(images.integers(20))
-        augmentation = _augmentation(_generator(self.seed, AUGMENT, stream.number, occurrence), P * K)
+        augmentation = _augmentation(
+            _generator(self.seed, AUGMENT, stream.number, occurrence), P * K, colourless=stream.task.name == "vi"
+        )
         mine = slice(P // self.world * rank * K, P // self.world * (rank + 1) * K)
         return Sample(
             stream,
@@ -239,10 +268,11 @@ def _as_queries(rows_PK: NDArray[np.int64], generator: np.random.Generator) -> N
     return instructions
 
 
-def _augmentation(generator: np.random.Generator, count: int) -> Augmentation:
+def _augmentation(generator: np.random.Generator, count: int, colourless: bool = False) -> Augmentation:
     """Flip with probability 1/2; a shift within the padding; erasing with probability 1/2: 2-40 % of the area at aspect
-    0.3-3.3 (Zhong et al. 2020)."""
-    u = generator.random((count, 12), dtype=np.float32)
+    0.3-3.3 (Zhong et al. 2020). colourless: with probability 1/2 one channel stands for all three, so that colour does
+    not tell who is who across modalities (Ye et al. 2021)."""
+    u = generator.random((count, 14), dtype=np.float32)
     area, aspect = 0.02 + 0.38 * u[:, 3], 0.3 * (1 / 0.09) ** u[:, 4]
     # aspect is height/width in pixels of a 2:1 person crop; fractions of its sides are taken
     height, width = np.minimum(np.sqrt(area * aspect / 2), 0.9), np.minimum(np.sqrt(area / aspect * 2), 0.9)
@@ -253,4 +283,5 @@ def _augmentation(generator: np.random.Generator, count: int) -> Augmentation:
         u[:, 1:3] * 2 - 1,
         np.concatenate([place, size], 1).astype(np.float32),
         u[:, 8:12] * 2 - 1,
+        np.where((u[:, 12:13] < 0.5) & colourless, np.floor(u[:, 13:14] * 3), np.arange(3)).astype(np.float32),
     )

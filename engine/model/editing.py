@@ -81,6 +81,7 @@ class EditingTransformer(nn.Module):
         part_tokens: int = 0,
         drop_path: float = 0.0,
         instruction_width: int | None = None,
+        gate: float = 0.0,
     ):
         super().__init__()
         self.heads, self.class_tokens = heads, 1 + part_tokens
@@ -98,7 +99,7 @@ class EditingTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if instruction_width is not None:
             self.kv_ins = nn.Linear(instruction_width, depth * 2 * width)  # K', V' of all layers in one product
-            self.gates = nn.Parameter(torch.zeros(depth, heads))
+            self.gates = nn.Parameter(torch.full((depth, heads), gate))
         self.apply(_initialise)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)

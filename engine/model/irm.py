@@ -77,13 +77,15 @@ class IRM(nn.Module):
             part_tokens=config.part_tokens,
             drop_path=config.drop_path,
             instruction_width=config.instruction_width,
+            gate=config.gate,
         )
         self.fuse = Fusion(config.width, config.fusion_depth, config.heads, config.instruction_width)
         self.heads = nn.ModuleDict({_key(name): Head(config.width, count) for name, count in heads.items()})
         self.project_image = nn.Linear(config.width, config.embed)
         self.project_text = nn.Linear(config.instruction_width, config.embed)
+        self.whiten = nn.ModuleList(GlobalBatchNorm(config.embed) for _ in range(2 * config.embed_norm))
         self.temperature = Temperature()
-        self.match = nn.Linear(2 * config.width, 2)
+        self.match = nn.Linear(3 * config.width, 2)  # the two CLS and their product, which tells how they agree
 
     def instruction(self, batch: Batch) -> Instruction | None:
         if batch.text is not None and batch.text_lengths is not None:
@@ -122,15 +124,19 @@ class IRM(nn.Module):
 
     def image_embedding(self, features: Features) -> Tensor:
         """[B, embed] unit vectors of pictures, for text-to-image search."""
-        return F.normalize(self.project_image(features.cls), dim=-1)
+        projected = self.project_image(features.cls)
+        return F.normalize(self.whiten[0](projected) if self.whiten else projected, dim=-1)
 
     def text_embedding(self, instruction: Instruction) -> Tensor:
         """[T, embed] unit vectors of sentences."""
-        return F.normalize(self.project_text(instruction.cls), dim=-1)
+        projected = self.project_text(instruction.cls)
+        return F.normalize(self.whiten[1](projected) if self.whiten else projected, dim=-1)
 
     def match_scores(self, tokens: Tensor, instruction: Instruction) -> Tensor:
         """[B, 2] logits (no match, match) of B (picture, sentence) pairs."""
-        return self.match(self.fuse(tokens, instruction))
+        fout = self.fuse(tokens, instruction)
+        picture, sentence = fout.chunk(2, -1)
+        return self.match(torch.cat([fout, picture * sentence], -1))
 
 
 def _key(stream: str) -> str:
