@@ -1,17 +1,23 @@
-# make demo | make test | make check: each works from a fresh clone (Python >= 3.10, a C++ compiler, the package index).
+# make demo | make test | make test-slow | make check: each works from a fresh clone (Python >= 3.10, a C++ compiler,
+# the package index).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV = $(shell command -v uv || echo $(BIN)/uv)
 PORT ?= 29517
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-.PHONY: demo test check format lock install clean gpu-check
+.PHONY: demo test test-slow check format lock install clean gpu-check
 
 demo: install
 	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py --check
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu and not slow" tests
+	$(PYTEST) -m "not gpu and not slow" tests
+
+# What takes minutes; among it tests/mutate.py, which plants defects that the tests have to notice.
+test-slow: install
+	$(PYTEST) -m "slow and not gpu" tests
 
 check: install
 	$(BIN)/ruff check .

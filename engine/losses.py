@@ -72,7 +72,7 @@ def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
         similarity = pictures_BE @ texts_BE.mT
         logits = model.temperature(similarity)
         contrastive = contrastive_loss(logits, same)
-    wrong = logits.detach().masked_fill(same, -torch.inf)
+    wrong = logits.detach().masked_fill(same, -1e9)  # finite: a rank may hold a single identity
     sentence_of = torch.multinomial(wrong.softmax(1), 1)[:, 0]
     picture_of = torch.multinomial(wrong.mT.softmax(1), 1)[:, 0]
     pairs = torch.arange(len(same), device=same.device)
@@ -80,7 +80,7 @@ def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
     texts = torch.cat([pairs, sentence_of, pairs])
     lengths = instruction.lengths
     chosen = Instruction(instruction.tokens[texts], None if lengths is None else lengths[texts], instruction.cls[texts])
-    logits = model.match_scores(seen.tokens[pictures], chosen).float()
+    logits = model.match_scores(seen.tokens[pictures], chosen, similarity[pictures, texts]).float()
     truth = (batch.labels[pictures] == batch.labels[texts]).long()
     return {"contrastive": contrastive, "match": F.cross_entropy(logits, truth)}
 

@@ -56,6 +56,15 @@ def test_lengths_mask_padding_even_when_it_holds_nan(function):
     assert (grads[4][1] == 0).all()
 
 
+@pytest.mark.parametrize("function", [kernels.gated_attention, kernels.gated_attention_reference])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 9])])
+def test_scale_replaces_the_default(function, lengths):
+    q, *others = inputs()
+    got = function(q, *others, ins_lengths=lengths, scale=0.25)
+    want = function(q * 0.25 * q.shape[-1] ** 0.5, *others, ins_lengths=lengths)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
 def test_gate_zero_is_plain_attention_and_can_open():
     tensors = [t.requires_grad_() for t in inputs()]
     tensors[5] = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -74,6 +83,9 @@ def test_packed_is_the_same_and_takes_one_instruction_for_the_batch():
     got = kernels.gated_attention_packed(qkv, kv, gate)
     one = [t[:1].expand(2, -1, -1, -1) for t in (k_ins, v_ins)]
     assert torch.equal(got.transpose(1, 2), kernels.gated_attention(q, k, v, *one, gate))
+    options = {"ins_lengths": torch.tensor([3, 0]), "scale": 0.25}
+    got = kernels.gated_attention_packed(qkv, kv, gate, **options)
+    assert torch.equal(got.transpose(1, 2), kernels.gated_attention(q, k, v, *one, gate, **options))
 
 
 def test_empty_instruction_is_plain_attention():

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 import kernels
 from engine.config import MODELS, TrainConfig
 from engine.data.record import Batch
-from engine.losses import TrainingModel, contrastive_loss
-from engine.model.irm import IRM
+from engine.losses import TrainingModel, contrastive_loss, matching_losses
+from engine.model.instruction import Instruction
+from engine.model.irm import IRM, Features
 
 TINY = MODELS["irm_tiny"]
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -37,14 +38,31 @@ def test_identity_losses_are_the_four_terms_of_eq_7(training):
     assert abs(terms["id_cls"].item() - torch.tensor(3.0).log().item()) < 0.3  # an untrained classifier knows little
 
 
+def test_identity_losses_follow_the_configuration():
+    """By hand: BNNeck of the batch, linear classifier, cross entropy; weight and margin of the triplet."""
+    torch.manual_seed(0)
+    config = TrainConfig(triplet_weight=0.5, margin=0.7)
+    training = TrainingModel(IRM(TINY, 50, {"li/a": 3}), config, ["li/a"], [False])
+    loss, terms = training(batch(0))
+    torch.testing.assert_close(loss, sum(terms.values()))
+    features, head = training.model(batch(0)), training.model.head("li/a")
+    for name, value in (("cls", features.cls), ("fout", features.fout)):
+        triplet = kernels.adaptive_triplet_reference(
+            F.normalize(value, dim=-1), LABELS, features.instruction.cls, margin=0.7
+        )
+        torch.testing.assert_close(terms[f"triplet_{name}"], 0.5 * triplet, rtol=1e-4, atol=1e-6)
+        normal = (value - value.mean(0)) / (value.var(0, unbiased=False) + 1e-5).sqrt()
+        logits = normal @ head.classify[name].weight.T
+        torch.testing.assert_close(terms[f"id_{name}"], F.cross_entropy(logits, LABELS), rtol=1e-3, atol=1e-4)
+
+
 def test_identity_losses_reach_every_part(training):
-    torch.nn.init.normal_(training.model.edit.gates)
+    torch.nn.init.normal_(training.model.edit.gates)  # a closed gate keeps gradients from the instruction encoder
     training(batch(0))[0].backward()
-    without = [n for n, p in training.named_parameters() if p.grad is None or not p.grad.any()]
-    parts = ("model.project_", "model.temperature", "model.match", "model.instruct.picture")
-    expected = ("attention.self.key.bias", "position_embeddings", "token_type_embeddings")
-    unexpected = [n for n in without if not n.startswith(parts) and not n.endswith((*expected, "in_proj_bias"))]
-    assert [n for n in unexpected if "embeddings" not in n] == []
+    matrices = [(name, matrix.grad) for name, matrix in training.model.named_parameters() if matrix.ndim > 1]
+    idle = {name for name, grad in matrices if grad is None or not grad.any()}
+    unused = ("project_image.", "project_text.", "match.", "instruct.picture.")  # text search; clothes pictures
+    assert idle == {name for name, _ in matrices if name.startswith(unused)}
 
 
 def test_matching_losses_are_the_two_terms_of_eq_8(training):
@@ -56,6 +74,78 @@ def test_matching_losses_are_the_two_terms_of_eq_8(training):
         assert all(
             p.grad is not None and p.grad.any() for p in getattr(training.model, part).parameters() if p.ndim < 3
         )
+
+
+class Pairs:
+    """Stands in for IRM: pictures and texts are their numbers, all similarities and matching logits are given."""
+
+    def __init__(self, pictures: torch.Tensor, texts: torch.Tensor, logits: torch.Tensor, divisor: float):
+        self.pictures, self.texts, self.logits, self.divisor, self.instruct = pictures, texts, logits, divisor, self
+
+    def of_text(self, text, lengths):
+        number = torch.arange(len(text))
+        return Instruction(number[:, None, None], lengths, number[:, None])
+
+    def features(self, images, instruction):
+        assert instruction is None  # text-to-image pictures carry nothing
+        number = torch.arange(len(images))
+        return Features(number[:, None], None, None, number[:, None, None])
+
+    def image_embedding(self, features):
+        return self.pictures[features.cls[:, 0]]
+
+    def text_embedding(self, instruction):
+        return self.texts[instruction.cls[:, 0]]
+
+    def temperature(self, similarity):
+        return similarity / self.divisor
+
+    def match_scores(self, tokens, instruction, cosine):
+        assert torch.equal(cosine, (self.pictures @ self.texts.T)[tokens[:, 0, 0], instruction.cls[:, 0]])
+        assert torch.equal(instruction.tokens[:, 0, 0], instruction.cls[:, 0])
+        assert torch.equal(instruction.lengths, 3 + instruction.cls[:, 0])
+        return self.logits[tokens[:, 0, 0], instruction.cls[:, 0]]
+
+
+def test_matching_losses_by_hand():
+    """The true pairs, then a wrong one of each picture and text (so cold: always the most similar); label 1 = match."""
+    torch.manual_seed(3)
+    pictures, texts = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    logits = torch.randn(6, 6, 2)
+    given = Batch(1, torch.zeros(6, 3, 4, 4), LABELS, torch.zeros(6, 9), 3 + torch.arange(6), None)
+    terms = matching_losses(Pairs(pictures, texts, logits, 1e-5), given)
+    similarity = pictures @ texts.T
+    others = [[j for j in range(6) if LABELS[j] != LABELS[i]] for i in range(6)]
+    chosen = [(i, i, 1) for i in range(6)]
+    chosen += [(i, max(others[i], key=lambda j: similarity[i, j]), 0) for i in range(6)]
+    chosen += [(max(others[j], key=lambda i: similarity[i, j]), j, 0) for j in range(6)]
+    wrong = [-F.log_softmax(logits[i, j], -1)[label] for i, j, label in chosen]
+    torch.testing.assert_close(terms["match"], torch.stack(wrong).mean())
+    torch.testing.assert_close(terms["contrastive"], contrastive_loss(similarity / 1e-5, LABELS[:, None] == LABELS))
+
+
+def test_wrong_pairs_are_drawn_by_similarity_and_never_of_the_same_identity():
+    torch.manual_seed(5)
+    pictures, texts = torch.eye(6), torch.eye(6).roll(2, 0) * 0.5 + 0.1  # picture i is most like text i + 2, of another
+    logits = torch.arange(36.0).reshape(6, 6, 1) * torch.tensor([0.0, 1e-3])
+    given = Batch(1, torch.zeros(6, 3, 4, 4), LABELS, torch.zeros(6, 9), 3 + torch.arange(6), None)
+    seen = {round(matching_losses(Pairs(pictures, texts, logits, 1.0), given)["match"].item(), 7) for _ in range(20)}
+    assert len(seen) > 5  # other pairs each time
+    alone = given._replace(labels=torch.zeros(6, dtype=torch.int64))
+    assert torch.isfinite(matching_losses(Pairs(pictures, texts, logits, 1.0), alone)["match"])
+
+
+def test_contrastive_loss_is_the_mean_cross_entropy_with_equal_positives():
+    torch.manual_seed(4)
+    logits, labels = torch.randn(5, 5), [0, 0, 0, 1, 2]
+    rows, columns = [], []
+    for i in range(5):
+        positives = [j for j in range(5) if labels[j] == labels[i]]
+        rows.append(-torch.stack([F.log_softmax(logits[i], 0)[j] for j in positives]).mean())
+        columns.append(-torch.stack([F.log_softmax(logits[:, i], 0)[j] for j in positives]).mean())
+    want = (torch.stack(rows).mean() + torch.stack(columns).mean()) / 2
+    same = torch.tensor(labels)[:, None] == torch.tensor(labels)
+    torch.testing.assert_close(contrastive_loss(logits, same), want)
 
 
 def test_contrastive_loss_treats_one_identity_as_positive():

@@ -5,8 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from engine.data.index import Index
 from engine.data.sampler import ROUNDS, Sampler, Stream, make_streams, permute
 from engine.errors import InputError
 from engine.tasks import TASKS
@@ -44,12 +46,18 @@ def test_an_epoch_visits_every_identity_once(identities, world):
     P = one.batches[0][0]
     assert P % world == 0
     batches = -(-identities // P)
+    orders, fillings = [], []
     for epoch in (0, 1):
         drawn = [one.identities(one.streams[0], epoch * batches + batch) for batch in range(batches)]
         for labels in drawn:
             assert len(set(labels.tolist())) == P  # no identity twice in a batch, the filled one included
-        visited = np.concatenate(drawn)[:identities]  # what follows fills the last batch from the next epoch
+        visited, filling = np.split(np.concatenate(drawn), [identities])
         assert np.array_equal(np.sort(visited), np.arange(identities))
+        orders.append(visited.tolist())
+        fillings.append(filling.tolist())
+    last = orders[0][(batches - 1) * P :]
+    assert fillings[0] == [label for label in orders[1] if label not in last][: len(fillings[0])]  # the next epoch's
+    assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -111,6 +119,26 @@ def test_visible_infrared_training_drops_colour_half_of_the_time():
     assert (channels[~coloured] == channels[~coloured][:, :1]).all()
 
 
+def test_steps_and_streams_draw_anew():
+    streams = [stream(24, number=i, task="li") for i in range(5)]
+    one = sampler(streams, ids=24)
+    orders = {tuple(one.locate(cycle * 5 + place)[0].number for place in range(5)) for cycle in range(20)}
+    assert len(orders) > 10
+    drawn = [one.sample(step) for step in range(100)]
+    assert {item.sentence for item in drawn} == set(range(20))
+    choices = np.concatenate([item.choice for item in drawn])
+    assert choices.min() >= 0
+    assert choices.max() < 1
+    assert np.histogram(choices, 4, (0, 1))[0].min() > 0.2 * len(choices)
+    for step in range(0, 10, 5):  # the streams of one cycle, and the next one of each
+        batches = [tuple(item.labels) for item in drawn[step : step + 10]]
+        assert len(set(batches)) == 10
+    own = [item for item in drawn if item.stream.number == 2]
+    assert len({item.augmentation.shift.tobytes() for item in own}) == len(own)
+    images = [tuple(item.rows[item.labels == 7]) for item in own]  # every batch holds all 24 identities
+    assert len(set(images)) > len(own) // 2
+
+
 def test_rows_belong_to_labels_and_do_not_repeat():
     one = sampler([stream(24, images=(5, 2))])
     for step in range(6):
@@ -156,6 +184,7 @@ def test_a_replacement_is_another_image_of_the_identity():
     row = int(one.sample(7).rows[5])
     chosen = {one.replacement(7, 5, row, attempt) for attempt in range(20)}
     assert row not in chosen
+    assert len(chosen) > 1
     assert {item // 100 for item in chosen} == {row // 100}
     assert one.replacement(7, 5, row, 0) == one.replacement(7, 5, row, 0)
 
@@ -206,5 +235,13 @@ def test_streams_of_the_drawn_data(mini):
             rows = item.rows[item.starts[label] : item.starts[label + 1]]
             assert len(set(item.index.pid[rows].tolist())) == 1
         assert len(set(item.index.pid[item.rows].tolist())) == item.identities
+    (li,) = (item for item in streams if item.task.name == "li")
+    silent, spoken = li.rows[li.starts[0]], li.rows[li.starts[0] + 1 :]
+    captions = [[] if row == silent else li.index.captions(row) for row in range(len(li.index))]
+    column = li.index.table.schema.get_field_index("captions")
+    kind = li.index.table.schema.field("captions")
+    table = li.index.table.set_column(column, kind, pa.array(captions, kind.type))
+    (described,) = make_streams([Index(li.index.dataset, li.index.root, table)], ("li",))
+    assert set(described.rows.tolist()) == {*spoken.tolist()}  # an image without a description cannot be asked for
     with pytest.raises(InputError, match="nothing to train"):
         make_streams(find_indexes(Path(mini), ["market1501"]), ("vi",))

@@ -71,6 +71,51 @@ def test_fixed_sentences_tie_so_only_identity_counts():
     assert int(stats["counted"]) == int((same * (len(labels) - 1 - same)).sum())
 
 
+@pytest.mark.parametrize("function", [kernels.adaptive_triplet, kernels.adaptive_triplet_reference])
+def test_relatedness_within_the_dead_band_does_not_count(function):
+    """One identity; its instructions differ by less than `tie` in cosine, or by more."""
+    x, labels = batch((4,))[0], torch.zeros(4, dtype=torch.int64)
+    angles = torch.tensor([0.0, 0.01, 0.02, 0.03], dtype=torch.float64)  # cosines differ by 1e-4 .. 4e-4
+    t = torch.stack([angles.cos(), angles.sin()], 1)
+    assert function(x, labels, t) == 0
+    torch.testing.assert_close(function(x, labels, t, tie=1e-9), brute_force(x, labels, t, tie=1e-9)[0])
+    assert function(x, labels, t, tie=1e-9) > 0
+
+
+def hard_loop(x, labels, t, margin=0.3):
+    """The released code's loss anchor by anchor: plain distances, mean over all anchors."""
+    total = x.new_zeros(())
+    for a in range(len(labels)):
+        d = [(x[a] - x[r]).norm() for r in range(len(labels))]
+        near = sorted((r for r in range(len(labels)) if labels[r] == labels[a] and r != a), key=lambda r: -d[r])
+        far = sorted((r for r in range(len(labels)) if labels[r] != labels[a]), key=lambda r: d[r])
+        b = [F.cosine_similarity(t[a], t[r], dim=0).clamp(min=0) for r in near[:2]]
+        if len(near) > 1:
+            gap = b[0] - b[1]
+            total = total + 0.1 * torch.relu(torch.sign(gap) * (d[near[0]] - d[near[1]] + margin * gap))
+        if near and far:
+            total = total + torch.relu(d[near[0]] + margin * b[0] - d[far[0]])
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("identities", [(4, 4, 3, 1, 2), (2, 2, 1), (5,), (2,)])
+def test_hard_mining_equals_the_loop(identities):
+    for seed in range(5):
+        x, labels, t = batch(identities, seed=seed)
+        torch.testing.assert_close(kernels.adaptive_triplet(x, labels, t, mining="hard"), hard_loop(x, labels, t))
+
+
+@pytest.mark.parametrize("mining", ["all", "hard"])
+def test_equal_samples_have_distance_zero_in_float32(mining):
+    """|x|^2 + |x|^2 - 2 x.x rounds to either side of 0; below it, the root is not a number."""
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0).requires_grad_()
+    labels = torch.arange(50).repeat_interleave(2)
+    loss = kernels.adaptive_triplet(x, labels, torch.ones(100, 2), mining=mining, distance="euclidean", margin=20.0)
+    assert loss > 0
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all()
+
+
 @pytest.mark.parametrize("name", ["pk", "big", "sentences"])
 def test_hard_mining_equals_the_released_code(name):
     stored = np.load(DATA / "released_triplet.npz")

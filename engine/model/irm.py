@@ -85,7 +85,9 @@ class IRM(nn.Module):
         self.project_text = nn.Linear(config.instruction_width, config.embed)
         self.whiten = nn.ModuleList(GlobalBatchNorm(config.embed) for _ in range(2 * config.embed_norm))
         self.temperature = Temperature()
-        self.match = nn.Linear(3 * config.width, 2)  # the two CLS and their product, which tells how they agree
+        self.match = nn.Linear(2 * config.width + 1, 2)  # sees F_out and the cosine; begins near the cosine's order
+        nn.init.normal_(self.match.weight, std=0.01)
+        self.match.weight.data[:, -1] += torch.tensor([-0.5, 0.5])
 
     def instruction(self, batch: Batch) -> Instruction | None:
         if batch.text is not None and batch.text_lengths is not None:
@@ -132,11 +134,15 @@ class IRM(nn.Module):
         projected = self.project_text(instruction.cls)
         return F.normalize(self.whiten[1](projected) if self.whiten else projected, dim=-1)
 
-    def match_scores(self, tokens: Tensor, instruction: Instruction) -> Tensor:
-        """[B, 2] logits (no match, match) of B (picture, sentence) pairs."""
-        fout = self.fuse(tokens, instruction)
-        picture, sentence = fout.chunk(2, -1)
-        return self.match(torch.cat([fout, picture * sentence], -1))
+    def match_scores(self, tokens: Tensor, instruction: Instruction, cosine: Tensor | None = None) -> Tensor:
+        """[B, 2] logits (no match, match) of B (picture, sentence) pairs.
+
+        cosine  [B] of their projections; None: computed here (in training the projections know their own batch)
+        """
+        if cosine is None:
+            pictures = self.image_embedding(Features(tokens[:, 0], None, None, tokens))
+            cosine = (pictures * self.text_embedding(instruction)).sum(-1)
+        return self.match(torch.cat([self.fuse(tokens, instruction), self.temperature(cosine)[:, None]], -1))
 
 
 def _key(stream: str) -> str:

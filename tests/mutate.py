@@ -1,0 +1,460 @@
+"""Do the tests notice? Plants one defect at a time in a copy of the tree and runs the tests that should fail.
+
+    python tests/mutate.py                    all mutants
+    python tests/mutate.py sampler "tie "     those whose file or description holds one of the words
+    python tests/mutate.py --list
+
+Each line says killed (a test failed), SURVIVED (none did) or BROKEN (the tests could not run), and the seconds it took.
+Exit code 1 unless every mutant is killed. First the tests have to pass as they are. A mutant runs in a fork of this
+process, which has the libraries loaded already: importing torch and its like would take longer than the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("engine", "kernels", "recipes", "tests", "pyproject.toml")
+LIBRARIES = ("pytest", "hypothesis", "pyarrow", "scipy.io", "timm", "transformers.models.bert.modeling_bert")
+CPU_SECONDS = 120  # a mutant that loops for ever is killed, and counts as noticed
+
+
+class Mutant(NamedTuple):
+    """file: below the root; old: text that occurs once in it; new: what replaces it; tests: what should fail then."""
+
+    file: str
+    breaks: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def applied(self) -> str:
+        """The mutated source; ValueError unless `old` occurs once."""
+        source = (ROOT / self.file).read_text()
+        if source.count(self.old) != 1:
+            raise ValueError(f"{self.file}: {source.count(self.old)} times, not once: {self.old!r} ({self.breaks})")
+        return source.replace(self.old, self.new)
+
+
+def of(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    """Mutants of one file: (what it breaks, old, new), killed by these tests (names without test_ and .py)."""
+    files = tuple(f"tests/test_{name}.py" for name in tests.split())
+    return [Mutant(file, breaks, old, new, files) for breaks, old, new in changes]
+
+
+MUTANTS = [
+    *of(
+        "engine/protocols.py",
+        "protocols",
+        ("market: other cameras are junk", "return index.camera[q] == index", "return index.camera[q] != index"),
+        ("market: nothing is junk", "return index.camera[q] == index.camera[g]", "return nothing(index, q, g)"),
+        ("real2, t2i: own camera is junk", "return np.zeros(np.shape(g), bool)", "return same_camera(index, q, g)"),
+        ("ltcc:cc: same outfit counts", " | (index.clothes[q] == index.clothes[g])", ""),
+        ("ltcc:cc: own camera counts", "same_camera(index, q, g) | (index.clothes[q] == ", "(index.clothes[q] == "),
+        ("ltcc:sc: other outfits count", " | (index.clothes[q] != index.clothes[g])", ""),
+        ("ltcc:sc: own camera counts", "same_camera(index, q, g) | (index.clothes[q] != ", "(index.clothes[q] != "),
+        ("real2:pid_clothes: other outfits are positives", " + index.clothes[rows] + 1 for", " for"),
+        ("real2:pid_clothes: nothing is junk", "by_clothes, same_camera", "by_clothes, nothing"),
+        ("real2: own camera is junk", "as_distributed, nothing, _ALIKE", "as_distributed, same_camera, _ALIKE"),
+        ("llcm: own camera number counts", "same_camera, _VIS2IR", "nothing, _VIS2IR"),
+        ("prcc:multi queries A", "prcc(2, 0, False), nothing", "prcc(0, 0, False), nothing"),
+        ("vc_clothes:cc: cameras 2, 3", "between_cameras(3, 4)", "between_cameras(2, 3)"),
+        ("vc_clothes: all cameras", "rows[np.isin(index.camera[rows], cameras)]", "rows"),
+        ("prcc: drawn by remainder", "word * len(rows) >> 64", "word % len(rows)"),
+        ("prcc: every draw the same", "np.random.Philox(key=number)", "np.random.Philox(key=0)"),
+        ("prcc:single queries B", "prcc(2, 0, True)", "prcc(1, 0, True)"),
+        ("prcc:single_ac the wrong way round", "prcc(0, 2, True)", "prcc(2, 0, True)"),
+        ("prcc:multi draws one image", "prcc(2, 0, False)", "prcc(2, 0, True)"),
+        ("prcc, llcm: drawn in the order of the rows", "index.camera[rows[i]], paths[i])", "index.camera[rows[i]])"),
+        (
+            "prcc, llcm: cameras before identities",
+            "(index.pid[rows[i]], index.camera[rows[i]], ",
+            "(index.camera[rows[i]], index.pid[rows[i]], ",
+        ),
+        ("llcm: every draw the same", "random.Random(number)", "random.Random(0)"),
+        ("llcm: the first image instead of a random one", "generator.choice(list(group))", "list(group)[0]"),
+        (
+            "llcm: one image per identity",
+            "key=lambda row: (index.pid[row], index.camera[row])",
+            "key=lambda row: index.pid[row]",
+        ),
+        ("llcm:vis2ir:2023-06 draws the gallery", 'llcm("nir", "vis", "nir")', 'llcm("nir", "vis", "vis")'),
+        ("llcm:ir2vis draws the queries", 'llcm("nir", "vis", drawn="vis")', 'llcm("nir", "vis", drawn="nir")'),
+        ("llcm: CMC counts images", "_VIS2IR, 10, True", "_VIS2IR, 10, False"),
+        ("llcm: a single trial", "_SWAPPED, 10, True", "_SWAPPED, 1, True"),
+        (
+            "t2i: always the first caption",
+            "[number for count in counts for number in range(count)]",
+            "[0 for count in counts for _ in range(count)]",
+        ),
+        ("tie: later negatives come first", "others[:position] == score", "others[position:] == score"),
+        (
+            "tie: every equal negative comes first",
+            "np.count_nonzero(others > score)",
+            "np.count_nonzero(others >= score)",
+        ),
+        ("tie: positives in reverse", "np.lexsort((own, -row[own]))", "np.lexsort((-own, -row[own]))"),
+        ("junk is a miss", "others[own] = np.nan", "others[positives] = np.nan"),
+        ("AP: hits counted from 0", "np.arange(1, len(ranks) + 1) / ranks", "np.arange(len(ranks)) / ranks"),
+        (
+            "AP: divided by the rank of the last hit",
+            "np.mean(np.arange(1, len(ranks) + 1) / ranks)",
+            "np.sum(np.arange(1, len(ranks) + 1) / ranks) / ranks[-1]",
+        ),
+        (
+            "mINP: by the first positive",
+            "_average_precision(found), len(ranks) / ranks[-1]",
+            "_average_precision(found), 1 / ranks[0]",
+        ),
+        (
+            "mINP from counts: one positive",
+            "_average_precision(ranks), len(ranks) / ranks[-1], first",
+            "_average_precision(ranks), 1 / ranks[-1], first",
+        ),
+        ("CMC: strictly before the rank", "first[:, None] <= np.arange", "first[:, None] < np.arange"),
+        (
+            "CMC: ends with a short gallery",
+            "np.arange(1, RANKS + 1), axis=0",
+            "np.arange(1, min(RANKS, gallery) + 1), axis=0",
+        ),
+        ("llcm: CMC counts an identity twice", "len(np.unique(np.append(", "len((np.append("),
+        ("llcm: CMC forgets equal scores", "[others[:best] == row[best]]", "[:0]"),
+        ("truncation after junk is removed", "ranks[ahead + place < truncate]", "ranks[ranks <= truncate]"),
+        ("truncation one rank late", "ahead + place < truncate", "ahead + place <= truncate"),
+        (
+            "truncation: AP by all positives",
+            "_average_precision(found), ",
+            "_average_precision(found) * len(found) / len(ranks), ",
+        ),
+        ("truncation: nothing found is a hit", "if len(found) else RANKS + 1", "if len(found) else 1"),
+        (
+            "queries without a positive count as 0",
+            "if junk.all():\n                continue",
+            "if junk.all():\n                results.append((0.0, 0.0, 99))\n                continue",
+        ),
+        ("counts: not sorted", "np.sort(ahead[start:end])", "ahead[start:end]"),
+        ("rankings: junk is kept", "ranking if junk is None else ranking[~junk[query, ranking]]", "ranking"),
+        ("re-scoring: worst first", "head[np.argsort(-scores", "head[np.argsort(scores"),
+        ("re-scoring: the rest comes first", ', kind="stable")], tail])', ', kind="stable")], tail][::-1])'),
+        (
+            "spread of a sample",
+            "np.std([trial.mAP for trial in trials])",
+            "np.std([trial.mAP for trial in trials], ddof=1)",
+        ),
+        ("chance: one positive too many", "(R - 1) / max(n - 1, 1)", "R / max(n - 1, 1)"),
+    ),
+    *of(
+        "kernels/triplet.py",
+        "triplet",
+        ("reference: hinge sign", "F.relu(u[:, :, None] - u[:, None, :])", "F.relu(u[:, None, :] - u[:, :, None])"),
+        ("reference: margin sign", "u = d + margin * beta\n    other", "u = d - margin * beta\n    other"),
+        ("reference: no hinge", "F.relu(u[:, :, None] - u[:, None, :])", "(u[:, :, None] - u[:, None, :])"),
+        ("reference: the anchor refers to itself", "> tie) & other[:, :, None] & other", "> tie) & other"),
+        (
+            "reference: tie band on the wrong side",
+            "beta[:, None, :] > tie) & other",
+            "beta[:, None, :] > -tie) & other",
+        ),
+        ("reference: mean over all, counted or not", "terms_aij.sum() / count.clamp(min=1)", "terms_aij.mean()"),
+        (
+            "hinge sign",
+            "F.relu(u.gather(1, index_NK)[:, :, None] - u[:, None, :])",
+            "F.relu(u[:, None, :] - u.gather(1, index_NK)[:, :, None])",
+        ),
+        ("margin sign", "u = d + margin * beta\n    gap", "u = d - margin * beta\n    gap"),
+        ("the anchor refers to itself", "(labels[:, None] == labels) & other if", "(labels[:, None] == labels) if"),
+        ("tie band ignored", "(gap_NKN > tie)", "(gap_NKN > 0)"),
+        ("missing neighbours count", "& present_NK[:, :, None] & other", "& other"),
+        ("raw: negative relatedness forgotten", "if not bool((beta < 0).any()) else other", "if True else other"),
+        ("rows: normalised by themselves", "count = counted.sum() if", "count = counted[start:stop].sum() if"),
+        ("active: divided by all that count", 'counted.sum() if reduction == "mean" else active\n', "counted.sum()\n"),
+        ("identity mask", ".masked_fill(labels[:, None] != labels, 0)", ""),
+        ("clamp", "beta.clamp(min=0) if", "beta if"),
+        (
+            "cosine of vectors that are not unit",
+            "t = F.normalize(instructions.detach(), dim=-1)",
+            "t = instructions.detach()",
+        ),
+        ("distance: cross term", "- 2 * x_ND @ x_ND.mT", "- x_ND @ x_ND.mT"),
+        ("squared and plain distance exchanged", 'if distance == "squared":', 'if distance != "squared":'),
+        ("negative rounding of a distance", "x_ND.mT).clamp(min=0)", "x_ND.mT)"),
+        (
+            "default distances exchanged",
+            '"squared" if mining == "all" else "euclidean")',
+            '"euclidean" if mining == "all" else "squared")',
+        ),
+        (
+            "hard: nearest of the same identity",
+            "topk(2, dim=1).indices\n    nearest",
+            "topk(2, dim=1, largest=False).indices\n    nearest",
+        ),
+        ("hard: farthest of the others", "masked_fill(same, torch.inf).argmin", "masked_fill(same, -torch.inf).argmax"),
+        ("hard: no sign", "torch.sign(b1 - b2) * (d1", "(d1"),
+        ("hard: margin sign of the pair", "d1 - d2 + margin", "d1 - d2 - margin"),
+        ("hard: margin sign of the push", "F.relu(d1 + margin * b1", "F.relu(d1 - margin * b1"),
+        ("hard: weight of the pair", "terms = 0.1 * pair + push", "terms = pair + push"),
+        ("hard: a pair of one", ".masked_fill(~second, 0)", ""),
+        ("hard: pushed from nobody", ".masked_fill(~(some & negative), 0)", ".masked_fill(~some, 0)"),
+        ("hard: mean over anchors that have a pair", "count = N if", "count = second.sum() if"),
+    ),
+    *of("kernels/triplet.py", "losses", ("gradient to the instructions", "instructions.detach()", "instructions")),
+    *of(
+        "kernels/attention.py",
+        "attention",
+        ("reference: gate ignored", "(gate.float().view(1, -1, 1, 1) * (maps @ v_ins))", "(maps @ v_ins)"),
+        ("reference: image scale", "torch.softmax(q @ k.mT * scale, -1)", "torch.softmax(q @ k.mT, -1)"),
+        ("reference: instruction scale", "q @ k_ins.mT * scale", "q @ k_ins.mT"),
+        (
+            "reference: one token too many",
+            "< ins_lengths[:, None]\n        # 0 * NaN",
+            "<= ins_lengths[:, None]\n        # 0 * NaN",
+        ),
+        (
+            "reference: padding attended to",
+            "scores_BHNM.masked_fill(~valid_BM[:, None, None], torch.finfo(q.dtype).min)",
+            "scores_BHNM",
+        ),
+        ("reference: NaN of the padding", "(t.masked_fill(~valid_BM[:, None, :, None], 0.0) for t", "(t for t"),
+        ("gate ignored", "(gate.float().view(1, -1, 1, 1) * second)", "second"),
+        ("gate sign", "gate.float().view(1, -1, 1, 1) * second", "-gate.float().view(1, -1, 1, 1) * second"),
+        (
+            "image scale",
+            "F.scaled_dot_product_attention(q, k, v, scale=scale)",
+            "F.scaled_dot_product_attention(q, k, v)",
+        ),
+        ("instruction scale", "(q, k_ins, v_ins, scale=scale)", "(q, k_ins, v_ins)"),
+        ("instruction scale with lengths", "attn_mask=mask_BHNM, scale=scale", "attn_mask=mask_BHNM"),
+        ("one token too many", "< ins_lengths[:, None]\n        padding", "<= ins_lengths[:, None]\n        padding"),
+        ("padding attended to", "attn_mask=mask_BHNM", "attn_mask=None"),
+        ("NaN of the padding's values", "v_ins.masked_fill(padding_BHMD, 0)", "v_ins"),
+        ("packed: keys and values exchanged", "k_ins, v_ins = kv_ins.permute", "v_ins, k_ins = kv_ins.permute"),
+        (
+            "packed: lengths dropped",
+            "gate, ins_lengths=ins_lengths, scale=scale).transpose",
+            "gate, scale=scale).transpose",
+        ),
+        (
+            "packed: scale dropped",
+            "ins_lengths=ins_lengths, scale=scale).transpose",
+            "ins_lengths=ins_lengths).transpose",
+        ),
+    ),
+    *of(
+        "engine/model/fusion.py",
+        "model",
+        ("the last word is masked", "> lengths[:, None]", ">= lengths[:, None]"),
+        ("the first padding is seen", "> lengths[:, None]", "> lengths[:, None] + 1"),
+        ("padding is seen", "src_key_padding_mask=padding", "src_key_padding_mask=None"),
+    ),
+    *of(
+        "engine/model/neck.py",
+        "model neck",
+        ("running variance of the batch itself", "unbiased = var * n / (n - 1).clamp(min=1)", "unbiased = var"),
+        ("variance of a sample", "var = squares / n", "var = squares / (n - 1)"),
+        (
+            "momentum direction of the mean",
+            "self.running_mean), self.momentum",
+            "self.running_mean), 1 - self.momentum",
+        ),
+        (
+            "momentum direction of the variance",
+            "self.running_var), self.momentum",
+            "self.running_var), 1 - self.momentum",
+        ),
+        ("evaluation by the batch", "if not self.training:", "if False:"),
+        ("mean of the rank alone", "total = _SumOverRanks.apply(total)", "pass"),
+        ("variance of the rank alone", "squares = _SumOverRanks.apply(squares)", "pass"),
+        ("gradient of the rank alone", "out = grad.clone()\n        dist.all_reduce(out)", "out = grad.clone()"),
+        ("a broken batch leaves its mean", "torch.where(finite, mean, self.running_mean)", "mean"),
+        ("a broken batch leaves its variance", "torch.where(finite, unbiased, self.running_var)", "unbiased"),
+    ),
+    *of(
+        "engine/losses.py",
+        "losses",
+        ("triplet on raw features", "unit = F.normalize(value, dim=-1)", "unit = value"),
+        ("triplet weight ignored", "config.triplet_weight * triplet", "triplet"),
+        ("margin ignored", "margin=config.margin", "margin=0.0"),
+        ("identity loss without BNNeck", "head.classify[name](head.neck[name](value))", "head.classify[name](value)"),
+        ("terms averaged", "torch.stack(list(terms.values())).sum()", "torch.stack(list(terms.values())).mean()"),
+        ("matching: true pairs taken for wrong", "masked_fill(same, -1e9)", "masked_fill(same, -1.0)"),
+        ("matching: the least alike picture", "wrong.mT.softmax(1)", "(-wrong.mT).softmax(1)"),
+        ("matching: a text's picture for a picture's text", "(wrong.softmax(1), 1)", "(wrong.mT.softmax(1), 1)"),
+        (
+            "matching: labels turned round",
+            "batch.labels[pictures] == batch.labels[texts]",
+            "batch.labels[pictures] != batch.labels[texts]",
+        ),
+        ("matching: lengths of other texts", "lengths[texts]", "lengths[pictures]"),
+        ("matching: tokens of other texts", "instruction.tokens[texts]", "instruction.tokens[pictures]"),
+        ("contrastive: positives of rows not shared out", "target / target.sum(1, keepdim=True)", "target"),
+        ("contrastive: positives of columns not shared out", "(target / target.sum(0, keepdim=True)).mT", "target.mT"),
+        ("contrastive: one direction", "return (rows + columns) / 2", "return rows"),
+        (
+            "contrastive: only the diagonal is positive",
+            "target = same.to(logits.dtype)",
+            "target = torch.eye(len(same), dtype=logits.dtype)",
+        ),
+    ),
+    *of(
+        "engine/data/sampler.py",
+        "sampler",
+        (
+            "filling repeats identities",
+            "following[~np.isin(following, labels)][: P - len(labels)]",
+            "following[: P - len(labels)]",
+        ),
+        (
+            "filling from the same epoch",
+            "self._permuted(stream, epoch + 1, np.arange(P))",
+            "self._permuted(stream, epoch, np.arange(P))",
+        ),
+        ("the short batch is dropped", "divmod(occurrence, -(-n // P))", "divmod(occurrence, n // P)"),
+        (
+            "every epoch the same",
+            "generator = _generator(self.seed, IDENTITIES, stream.number, epoch)",
+            "generator = _generator(self.seed, IDENTITIES, stream.number, 0)",
+        ),
+        (
+            "every rank the first share",
+            "slice(P // self.world * rank * K, P // self.world * (rank + 1) * K)",
+            "slice(0, P // self.world * K)",
+        ),
+        ("ranks overlap", "slice(P // self.world * rank * K, ", "slice(P // self.world * rank, "),
+        (
+            "batch not a multiple of the ranks",
+            "min(wish, stream.identities) // world * world",
+            "min(wish, stream.identities)",
+        ),
+        ("permutation: n itself", "outside = values >= np.uint64(n)", "outside = values > np.uint64(n)"),
+        ("permutation: no walk", "outside = values >= np.uint64(n)", "outside = np.zeros(len(values), bool)"),
+        ("permutation: keys unused", "mixed = (right + key)", "mixed = (right)"),
+        ("images repeat", "generator.permutation(rows) for", "generator.choice(rows, len(rows)) for"),
+        ("vi: one modality", "_draw(rows[infrared], K // 2, generator)", "_draw(rows[~infrared], K // 2, generator)"),
+        (
+            "a stream's steps skip",
+            "return self.streams[order[place]], cycle",
+            "return self.streams[order[place]], micro_step",
+        ),
+        ("every cycle in the same order", "ORDER, 0, cycle)", "ORDER, 0, 0)"),
+        ("seed ignored", "key=[seed, purpose", "key=[0, purpose"),
+        ("streams draw alike", "purpose << 32 | stream]", "purpose << 32]"),
+        (
+            "images of every step alike",
+            "_generator(self.seed, IMAGES, stream.number, occurrence)\n",
+            "_generator(self.seed, IMAGES, stream.number, 0)\n",
+        ),
+        (
+            "augmentation of every step alike",
+            "_generator(self.seed, AUGMENT, stream.number, occurrence)",
+            "_generator(self.seed, AUGMENT, stream.number, 0)",
+        ),
+        (
+            "queries ask for their own clothes",
+            "generator.integers(asking, K, size",
+            "generator.integers(0, asking, size",
+        ),
+        ("nobody asks", "instruction_rows = _as_queries(rows.reshape(P, K), images).ravel()", "pass"),
+        ("always the first description", "choice = images.random(P * K)", "choice = np.zeros(P * K)"),
+        ("always the first sentence", "sentence = int(images.integers(20))", "sentence = 0"),
+        ("labels shifted", "np.repeat(labels, K)[mine]", "np.repeat(labels, K)[mine] + 1"),
+        ("labels out of step with images", "np.repeat(labels, K)[mine]", "np.tile(labels, K)[mine]"),
+        (
+            "identities mixed up",
+            "np.lexsort((rows, index.modality[rows], index.pid[rows]))",
+            "np.lexsort((rows, index.pid[rows], index.modality[rows]))",
+        ),
+        ("images without a description", 'table["captions"]))[rows] > 0]', 'table["captions"]))[rows] >= 0]'),
+        ("the damaged image again", "others = rows[rows != row]", "others = rows"),
+        ("the same replacement again and again", "slot + 1, attempt + 1)", "slot + 1, 1)"),
+        ("erasing everything", "(u[:, 5:6] < 0.5)", "(u[:, 5:6] < 2)"),
+    ),
+]
+
+
+def run(folder: Path, tests: tuple[str, ...], log: Path) -> int:
+    """pytest's exit code in a fork that sees `folder`'s modules; negative: the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.setsid()
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(folder)
+            sys.path.insert(0, str(folder))
+            import pytest
+
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu and not slow"]
+            code = int(pytest.main([*options, *tests]))
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # processes that a failed test left behind
+    return os.waitstatus_to_exitcode(status)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants whose file or description holds a word")
+    parser.add_argument("--list", action="store_true", help="print the mutants and end")
+    args = parser.parse_args(arguments)
+    chosen = [m for m in MUTANTS if not args.words or any(word in f"{m.file} {m.breaks} " for word in args.words)]
+    try:
+        sources = [mutant.applied() for mutant in chosen]
+    except ValueError as error:
+        print(f"error: {error}; adjust tests/mutate.py", file=sys.stderr)
+        return 1
+    if args.list:
+        print("\n".join(f"{mutant.file:26} {mutant.breaks}" for mutant in chosen))
+        return 0
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name in [name for name in os.environ if name.startswith("PYTEST")]:
+        del os.environ[name]
+    sys.dont_write_bytecode = True  # a stale .pyc could stand for a file swapped within its second
+    sys.path[:] = [path for path in sys.path if path not in ("", str(ROOT), str(ROOT / "tests"))]
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    failed, began = [], time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, log = Path(temporary) / "tree", Path(temporary) / "log"
+        folder.mkdir()
+        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+        for name in COPIED:
+            source = ROOT / name
+            shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)
+        tests = tuple(sorted({test for mutant in chosen for test in mutant.tests}))
+        if (code := run(folder, tests, log)) != 0:
+            print(f"{log.read_text()[-3000:]}\nerror: without a mutant, pytest {' '.join(tests)} ends with {code}")
+            return 1
+        print(f"{time.monotonic() - began:6.1f} s  unchanged: {len(tests)} test files pass", flush=True)
+        for mutant, source in zip(chosen, sources, strict=True):
+            start, file = time.monotonic(), folder / mutant.file
+            file.write_text(source)
+            code = run(folder, mutant.tests, log)
+            shutil.copy(ROOT / mutant.file, file)
+            verdict = "SURVIVED" if code == 0 else "killed" if code == 1 or code < 0 else "BROKEN"
+            print(f"{time.monotonic() - start:6.1f} s  {verdict:8}  {mutant.file:26} {mutant.breaks}", flush=True)
+            if verdict != "killed":
+                failed.append(mutant)
+            if verdict == "BROKEN":
+                print(log.read_text()[-1500:])
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} mutants killed in {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

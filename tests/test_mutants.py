@@ -1,0 +1,26 @@
+"""tests/mutate.py: planted defects are noticed by the tests. Its results are worth reading: run it by hand."""
+
+import subprocess
+import sys
+
+import mutate
+import pytest
+from conftest import ROOT
+
+
+def test_every_mutant_still_fits_its_source():
+    """Each text that a mutant replaces occurs once, each replacement compiles, each test file is there."""
+    for mutant in mutate.MUTANTS:
+        compile(mutant.applied(), mutant.file, "exec")
+        assert mutant.old != mutant.new
+        for test in mutant.tests:
+            assert (ROOT / test).is_file()
+    assert len({mutant[:2] for mutant in mutate.MUTANTS}) == len(mutate.MUTANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in mutate.MUTANTS}))
+def test_every_mutant_is_killed(file):
+    done = subprocess.run([sys.executable, "tests/mutate.py", file], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "mutants killed" in done.stdout
