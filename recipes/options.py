@@ -32,6 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_new": 1.0,
         "warmup": 60,
         "window": 1,
+        "outfit_classes": True,
+        "feature": "fout",
         "leaders": ("trad",),  # features that tell people apart must be there before the harder tasks can use them
         "ahead": 25,
         "shares": {"vi": 5, "ctcc": 2, "t2i": 2, "li": 2},
@@ -103,7 +105,11 @@ def training_parser(description: str) -> Parser:
         help="steps between checkpoints (default: 250 for irm_tiny, else 1000)",
     )
     add("--keep", type=int, metavar="N", help="newest checkpoints kept (default: 2)")
-    add("--feature", choices=("cls", "fout", "concat"), help="what a test compares (default: cls)")
+    add(
+        "--feature",
+        choices=("cls", "fout", "concat"),
+        help="what a test compares (default: fout for irm_tiny, else cls)",
+    )
     add(
         "--quick",
         action="store_true",

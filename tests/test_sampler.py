@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine.data.index import Index
+from engine.data.index import Index, find_indexes
 from engine.data.sampler import ROUNDS, Sampler, Stream, make_streams, permute
 from engine.errors import InputError
 from engine.tasks import TASKS
@@ -139,6 +141,23 @@ def test_steps_and_streams_draw_anew():
     assert len(set(images)) > len(own) // 2
 
 
+def test_classes_are_people_in_the_clothes_asked_for(mini):
+    indexes = find_indexes(Path(mini), ["cocas", "ltcc"])
+    for item in make_streams(indexes, ("cc", "ctcc", "li"), outfit_classes=True):
+        drawn = Sampler((replace(item, number=0),), seed=1, ids=4, images_per_id=4).sample(0)
+        classes = item.classes_of(drawn)
+        if item.task.name == "cc":
+            assert np.array_equal(classes, drawn.labels)
+            assert item.classes == item.identities
+            continue
+        train = item.index.clothes[item.index.select("train")]
+        assert item.classes == len(set(train.tolist())) > item.identities
+        assert np.array_equal(item.outfits[classes], item.index.clothes[drawn.instruction_rows])
+        assert not np.array_equal(item.outfits[classes], item.index.clothes[drawn.rows])  # some ask for other clothes
+    (plain,) = make_streams(indexes, ("li",))
+    assert plain.classes == plain.identities
+
+
 def test_rows_belong_to_labels_and_do_not_repeat():
     one = sampler([stream(24, images=(5, 2))])
     for step in range(6):
@@ -224,10 +243,6 @@ def test_the_same_in_another_process(mini):
 
 
 def test_streams_of_the_drawn_data(mini):
-    from pathlib import Path
-
-    from engine.data.index import find_indexes
-
     streams = make_streams(find_indexes(Path(mini)), tuple(TASKS))
     assert {item.task.name for item in streams} == set(TASKS)
     for item in streams:
