@@ -343,10 +343,10 @@ MUTANTS = [
         ("vi: one modality", "_draw(rows[infrared], K // 2, generator)", "_draw(rows[~infrared], K // 2, generator)"),
         (
             "a stream's steps skip",
-            "return self.streams[order[place]], cycle",
-            "return self.streams[order[place]], micro_step",
+            "before = cycle * self.shares[number] +",
+            "before = micro_step + 0 * self.shares[number] +",
         ),
-        ("every cycle in the same order", "ORDER, 0, cycle)", "ORDER, 0, 0)"),
+        ("every cycle in the same order", "ORDER, int(early), cycle)", "ORDER, int(early), 0)"),
         ("seed ignored", "key=[seed, purpose", "key=[0, purpose"),
         ("streams draw alike", "purpose << 32 | stream]", "purpose << 32]"),
         (

@@ -100,15 +100,17 @@ def results(tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("what", ["neck", "identity"])
 def test_ranks_compute_what_one_rank_does(results, what, dtype, tolerance, world):
-    """float32: 2e-5 of each tensor's largest entry, for sums in another order."""
+    """float32: 2e-5 of each tensor's largest entry, for sums in another order; gates are used in float32 everywhere. A
+    BNNeck takes all gradient from the bias before it: what is left there is rounding."""
     whole = results[1][0][what, dtype]
     assert len(whole) > (40 if what == "identity" else 6)
     for rank in range(world):
         shared = results[world][rank][what, dtype]
         assert shared.keys() == whole.keys()
         for name, value in whole.items():
-            scale = max(1e-3, value.abs().max().item())
-            assert (shared[name] - value).abs().max().item() <= tolerance * scale, name
+            scale = max(1e-2, value.abs().max().item())
+            bound = max(tolerance, 1e-6) if name == "edit.gates" else tolerance
+            assert (shared[name] - value).abs().max().item() <= bound * scale, name
 
 
 def test_one_rank_agrees_with_torch_batch_norm(results):

@@ -56,7 +56,8 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(untrained, mini, tmp_path)
         done = launch(*arguments, ranks=ranks) if ranks else recipe(*arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("mean mAP over tasks") == 1
-        assert sorted(path.name for path in (tmp_path / str(ranks)).iterdir()) == ["features.npz", "metrics.json"]
+        written = ["features.npz", "metrics.json", "retrieval.html"]
+        assert sorted(path.name for path in (tmp_path / str(ranks)).iterdir()) == written
     texts = [(tmp_path / str(ranks) / "metrics.json").read_text() for ranks in (0, 2, 3)]
     assert texts[1] == texts[0]
     assert texts[2] == texts[0]

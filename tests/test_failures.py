@@ -153,12 +153,13 @@ def test_a_log_that_cannot_be_written(mini, copy):
 
 
 def test_results_that_cannot_be_written(mini, small, tmp_path):
-    (tmp_path / "metrics.json").symlink_to("/dev/full")
+    (tmp_path / "metrics.json.part").symlink_to("/dev/full")
     done = recipe(
         "recipes/evaluate.py", "--checkpoint", small, "--data", mini, "--dataset", "market1501", "--quick",
         "--tasks", "trad", "--output", tmp_path,
     )  # fmt: skip
-    assert "metrics.json: cannot write there (No space left on device)" in one_line(done)
+    assert f"{tmp_path}: cannot write there (No space left on device)" in one_line(done)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(

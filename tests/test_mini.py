@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.data.mini import LAYOUTS, contact_sheet, write_mini
+from engine.data.mini import LAYOUTS, Options, Studio, contact_sheet, write_mini
 from engine.errors import InputError
 from engine.instructions import ATTRIBUTES, COLOR_PHRASES, PHRASES, describe
 
@@ -182,14 +182,20 @@ def test_every_real2_query_has_positives_and_both_kinds_of_distractors(tmp_path:
     sentences = json.loads((root / "datalist/runner_real2_v1_gpt.json").read_text())
     queries = _rows(root / "datalist/query_attr.txt")
     assert queries
+    own = {sentences[row[1]] for row in _rows(root / "datalist/gallery_attr.txt")}
+    studio = Studio(LAYOUTS["cocas"], Options(0, SMALL["train_ids"], *sizes))
+    told = []
     for (image, key, pid, wanted, camera), row in zip(queries, _rows(root / "query.txt"), strict=True):
         assert row == [image, f"templates/{int(wanted):04d}.jpg", pid, wanted, camera]
         assert f"_o{wanted}_" not in image
-        assert f"_o{wanted}_" in key
-        assert sentences[key]
+        assert key == Path(image).stem
+        assert sentences[key] not in own  # in other words than the gallery's
+        color = studio.outfit(int(wanted)).words["coat color"].split()[0]
+        told.append(any(phrase in sentences[key].split() for phrase in COLOR_PHRASES[color]))
         assert any((p, c) == (pid, wanted) and cam != camera for p, c, cam in gallery)
         assert any(p == pid and c != wanted for p, c, _ in gallery)
         assert any(p != pid and c == wanted for p, c, _ in gallery)
+    assert np.mean(told) > 0.7  # a sentence may leave a colour out
 
 
 def test_near_infrared_has_no_colour(mini: Path) -> None:
