@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV = $(shell command -v uv || echo $(BIN)/uv)
 PORT ?= 29517
+# Two processes of one thread are half as fast again as one of two threads; with GPUs: one rank each, all of them.
+RANKS = $(shell nvidia-smi -L > /dev/null 2>&1 || test "$$(nproc)" -lt 2 || echo --num_gpus 2)
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 .PHONY: demo test test-slow check format lock install clean gpu-check
 
 demo: install
-	$(BIN)/deepspeed --master_port $(PORT) recipes/mtl.py --check
+	$(BIN)/deepspeed $(RANKS) --master_port $(PORT) recipes/mtl.py --check
 
 test: install
 	$(PYTEST) -m "not gpu and not slow" tests

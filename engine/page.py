@@ -231,7 +231,7 @@ def _key(task: str, protocol: str) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
+    return f"{100 * value:.2f}\N{NO-BREAK SPACE}%"
 
 
 HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -267,7 +267,7 @@ article{display:grid;grid-template-columns:19rem minmax(0,1fr);gap:.75rem 1.5rem
 figure{margin:0}
 img{display:block;height:8rem;width:auto;max-width:9rem;object-fit:contain;background:var(--panel)}
 blockquote{margin:0 0 .5rem;padding-left:.75rem;border-left:3px solid var(--line)}
-ol{display:flex;gap:.5rem;list-style:none;margin:0;padding:0 0 .5rem}
+ol{display:flex;align-items:start;gap:.5rem;list-style:none;margin:0;padding:0 0 .5rem}
 li{flex:none;padding:4px 4px 0}
 li img{margin:0 auto}
 .badge{display:inline-block;padding:0 .4rem;color:#fff;font-size:.8rem;font-variant-numeric:tabular-nums}

@@ -7,21 +7,26 @@ of the metrics and of the run's log (engine/page.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine import page
 from engine.data.index import Box
-from engine.evaluation import BATCH, RESCORED, Evaluation
+from engine.data.pipeline import PicturePipeline, plain
 from engine.instructions import SENTENCES
-from engine.model.instruction import Instruction
+from engine.model.instruction import Instruction, tokenize
 from engine.protocols import Protocol, Trial, group_members
 
+if TYPE_CHECKING:
+    from engine.evaluation import Evaluation
+
 POOL = 128  # queries drawn, of which found and missed ones are shown
+RESCORED = 128  # as the evaluation does: the best by cosine, ordered anew by the matching head
 
 
 class Result(NamedTuple):
@@ -67,7 +72,8 @@ class Report:
 
     @torch.inference_mode()
     def collect(self, run: Evaluation) -> None:
-        """Add one task on one data set: the first drawn gallery, the first sentence."""
+        """Add one task on one data set: the first drawn gallery, the first sentence. For the rank that holds the
+        features; it asks nothing of others."""
         for protocol, trials in run.trials.items():
             self.examples[run.task.name, protocol.name] = self._examples(run, protocol, trials[0])
 
@@ -82,7 +88,7 @@ class Report:
         offsets, positives = members.positives()
         asked = np.random.default_rng(run.config.seed).permutation(np.flatnonzero(np.diff(offsets)))[:POOL]
         rows, sentences = trial.query[asked], _sentences(run, trial, asked)
-        words = run._instruction(sentences) if run.task.instruction == "query" else None
+        words = _instruction(run, sentences) if run.task.instruction == "query" else None
         features = run.features.of(rows, 0) if words is None else run.model.text_embedding(words).float().cpu().numpy()
         scores = features @ run.features.of(trial.gallery, 0).T
         for row, query in zip(scores, asked, strict=True):
@@ -121,12 +127,13 @@ class Report:
     def _attention_maps(self, run: Evaluation, rows: np.ndarray, sentences: list[str]) -> Iterable[np.ndarray | None]:
         if not self.attention or run.task.instruction == "query":
             return [None] * len(rows)
-        images = _decoded(run, [run.index.path(row) for row in rows])
+        images = _pictures(run, [run.index.path(row) for row in rows], run.config.model.image_size)
         if run.task.instruction == "clothes":
             paths, boxes = zip(*map(run.index.clothes_picture, rows), strict=True)
-            instruction = run.model.instruct.of_clothes(_decoded(run, list(paths), list(boxes)))
+            clothes = _pictures(run, paths, run.config.model.clothes_size, boxes)
+            instruction = run.model.instruct.of_clothes(clothes)
         else:
-            instruction = run._instruction(sentences)
+            instruction = _instruction(run, sentences)
         return run.model.edit.attention_map(images, instruction.tokens, instruction.lengths).cpu().numpy()
 
 
@@ -149,17 +156,26 @@ def _sentences(run: Evaluation, trial: Trial, asked: np.ndarray) -> list[str]:
 def _match_scores(run: Evaluation, rows: np.ndarray, words: Instruction, i: int) -> np.ndarray:
     """[len(rows)] probabilities that an image matches sentence i."""
     assert words.lengths is not None
-    images = _decoded(run, [run.index.path(row) for row in rows])
+    images = _pictures(run, [run.index.path(row) for row in rows], run.config.model.image_size)
     one = Instruction(words.tokens[i : i + 1, : words.lengths[i]], words.lengths[i : i + 1], words.cls[i : i + 1])
     scores = run.model.match_scores(run.model.features(images, None).tokens, one)
     return scores.float().softmax(-1)[:, 1].cpu().numpy()
 
 
-def _decoded(run: Evaluation, paths: list[Path], boxes: list[Box] | None = None) -> torch.Tensor:
-    """Whole images, or with boxes pictures of clothes."""
-    parts = [slice(start, start + BATCH) for start in range(0, len(paths), BATCH)]
-    cut = None if boxes is None else [boxes[part] for part in parts]
-    return torch.cat(list(run._pictures([paths[part] for part in parts], cut)))
+def _instruction(run: Evaluation, sentences: list[str]) -> Instruction:
+    text, lengths = tokenize(run.tokenizer, sentences, run.config.model.text_tokens)
+    return run.model.instruct.of_text(text.to(_device(run)), lengths.to(_device(run)))
+
+
+def _pictures(
+    run: Evaluation, paths: Sequence[Path], size: tuple[int, int], boxes: Sequence[Box] | None = None
+) -> Tensor:
+    pictures, batch = plain(paths, boxes), len(paths)
+    return PicturePipeline(lambda _: pictures, size=size, batch=batch, augment=False, device=_device(run)).next()
+
+
+def _device(run: Evaluation) -> torch.device:
+    return next(run.model.parameters()).device
 
 
 def _facts(run: Evaluation, row: int) -> str:

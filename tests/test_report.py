@@ -22,6 +22,7 @@ from engine.model.instruction import build_tokenizer
 from engine.model.irm import IRM
 from engine.page import overlay
 from engine.report import Example, Report, Result, mixed
+from engine.runtime import Runtime
 
 GREEN, RED = (21, 128, 61), (198, 40, 40)
 HOSTILE = "\"'></title></p><script>document.title='run'</script><img src=x onerror=alert(1)>&amp;" + "x" * 300
@@ -80,7 +81,7 @@ def written(mini, tmp_path_factory):
         tokenizer,
         config,
         untrained=None,
-        device=torch.device("cpu"),
+        runtime=Runtime(torch.device("cpu")),
         features_file=folder / "features.npz",
         report=report,
     )
@@ -110,7 +111,7 @@ def test_one_small_file_that_loads_and_runs_nothing(written, page):
     rows = page.all("table")[0].all("tr")[1:]
     assert len(rows) == len(page.all("details")) - 1 == sum(map(len, metrics["tasks"].values()))
     assert f"{100 * metrics['tasks']['trad']['market1501']['mAP']:.2f}" in rows[0].text()
-    assert f"{100 * metrics['mean_mAP']:.2f} %" in page.all("header")[0].text()
+    assert f"{100 * metrics['mean_mAP']:.2f}\N{NO-BREAK SPACE}%" in page.all("header")[0].text()
     assert "learning rate" not in page.text()  # no log, no curves
 
 
@@ -204,7 +205,7 @@ def test_rankings_are_those_of_the_stored_features(written, page):
         assert [score for _, _, score in results] == pytest.approx(np.sort(scores)[::-1][:10], abs=6e-4)
         places = np.flatnonzero(pid[best] == pid[at]) + 1
         precision = np.mean(np.arange(1, len(places) + 1) / places)
-        assert f"AP {100 * precision:.2f} %" in article.text()
+        assert f"AP {100 * precision:.2f}\N{NO-BREAK SPACE}%" in article.text()
 
 
 def test_every_kind_of_instruction_is_shown(page):
@@ -341,6 +342,7 @@ def test_in_a_browser(hostile, tmp_path):
           scripts: document.scripts.length, labels: document.querySelectorAll("svg > text").length,
           pictures: images.filter(image => image.naturalWidth > 0).length,
           broken: images.filter(image => image.complete && !image.naturalWidth).length,
+          frames: Math.max(...[...document.querySelectorAll("li")].map(item => item.offsetHeight)),
           strips: [...document.querySelectorAll("ol")].map(list => list.scrollWidth > list.clientWidth)}, "*")
         </script>"""
     text = re.sub("<meta http-equiv[^>]*>", "", hostile.read_text())  # the page's own policy lets no script run
@@ -370,6 +372,7 @@ def test_in_a_browser(hostile, tmp_path):
         assert part["title"] == f"Retrieval: {HOSTILE}"
         assert (part["scripts"], part["labels"]) == (1, 20)
         assert (part["pictures"], part["broken"]) == (26, 0)
+        assert 128 < part["frames"] < 170  # picture, frame and score, however long the query's words are
     assert said[375]["strips"] == [True, True]
     assert said[1280]["strips"] == [False, False]
     pixels = np.array(Image.open(tmp_path / "both.png").convert("RGB"))
