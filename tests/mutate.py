@@ -452,7 +452,9 @@ def main(arguments: list[str] | None = None) -> int:
                 failed.append(mutant)
             if verdict == "BROKEN":
                 print(log.read_text()[-1500:])
-    print(f"{len(chosen) - len(failed)} of {len(chosen)} mutants killed in {time.monotonic() - began:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = f"{time.monotonic() - began:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of processor time)"
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} mutants killed in {took}")
     return 1 if failed else 0
 
 
