@@ -73,6 +73,19 @@ def training_parser(description: str) -> Parser:
         metavar="N",
         help="micro-steps (one stream each) per optimiser step; 0: one per stream (default: 1 for irm_tiny, else 0)",
     )
+    add(
+        "--shares",
+        type=_shares,
+        metavar="TASK=N,..",
+        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=5,ctcc=2,t2i=2,li=2 for "
+        "irm_tiny, else 1)",
+    )
+    add(
+        "--ahead",
+        type=int,
+        metavar="N",
+        help="micro-steps that each trad stream trains before the other tasks begin (default: 25 for irm_tiny, else 0)",
+    )
     add("--image-size", type=_size, metavar="HxW", help="pixels (default: 128x64 for irm_tiny, else 256x128)")
     add("--lr", type=float, help="peak learning rate (default: 1.2e-3 for irm_tiny, else 1e-5)")
     add(
@@ -134,7 +147,7 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     model = model_config(name, **({"image_size": args.image_size} if args.image_size else {}))
     values: dict[str, Any] = dict(PRESETS.get(name, PRESETS["irm_base"]))
     given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
-    given += ["checkpoint_every", "keep", "feature"]
+    given += ["checkpoint_every", "keep", "feature", "shares", "ahead"]
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     if args.warmup is None:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
@@ -254,6 +267,13 @@ def _size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _shares(text: str) -> dict[str, int]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if any(task not in TASKS or not number.isdigit() for task, _, number in pairs):
+        raise argparse.ArgumentTypeError(f"expected TASK=N,.. with tasks of {','.join(TASKS)}, got {text!r}")
+    return {task: int(number) for task, _, number in pairs}
 
 
 def default_output(recipe: str) -> str:

@@ -23,6 +23,17 @@ def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
     assert config("--steps", "10").warmup == 2
     assert config("--steps", "10", "--warmup", "7").warmup == 7
     assert config("--image-size", "384x192", "--config", "irm_base").model.image_size == (384, 192)
+    assert (config().shares["vi"], config().leaders, config().ahead) == (5, ("trad",), 25)
+    assert config("--shares", "vi=3,li=2", "--ahead", "0").shares == {"vi": 3, "li": 2}
+    assert (real.shares, real.ahead) == ({}, 0)
+
+
+@pytest.mark.parametrize("text", ["", "vi", "vi=", "vi=x", "other=2", "vi=-1", "vi=1,"])
+def test_malformed_shares(text):
+    with pytest.raises(InputError, match="expected TASK=N"):
+        config("--shares", text)
+    with pytest.raises(InputError, match="shares of 1 or more"):
+        config("--shares", "vi=0")
 
 
 def test_a_configuration_survives_its_file():

@@ -41,6 +41,7 @@ from engine.protocols import (
     rescored,
     score_trial,
 )
+from engine.runtime import Runtime
 from engine.tasks import TASKS
 
 DATA = Path(__file__).parent / "data"
@@ -466,7 +467,7 @@ def test_sentences_are_evaluated_one_by_one(drawn, tmp_path):
     torch.nn.init.normal_(model.edit.gates, std=3.0)  # a closed gate would make the sentences equal
     index, file = drawn["market1501"], tmp_path / "features.npz"
     metrics = evaluate_model(
-        model, [index], tokenizer, config, untrained=None, device=torch.device("cpu"), features_file=file
+        model, [index], tokenizer, config, untrained=None, runtime=Runtime(torch.device("cpu")), features_file=file
     )
     row, stored = metrics["tasks"]["trad"]["market1501"], np.load(file)
     facts = [

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from engine import checkpoint
 
 QUICK = ("--config", "irm_tiny", "--quick", "--ids", "4", "--warmup", "2", "--window", "3")
+QUICK += ("--ahead", "0", "--shares", "trad=1")  # every stream once in a cycle
 
 
 def lines(file: Path) -> list[dict]:
