@@ -136,7 +136,6 @@ class TrainConfig:
     mining: str = "all"
     label_smoothing: float = 0.0
     triplet_weight: float = 1.0
-    outfit_classes: bool = False  # ctcc, li: classify the person in the clothes asked for instead of the person
     colour_jitter: float = 0.0
     checkpoint_every: int = 1000
     keep: int = 2

@@ -44,7 +44,6 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     assert features.fout is not None
     assert head is not None
     instructions = features.instruction.cls.float().expand(len(batch.images), -1)
-    classes = batch.labels if batch.classes is None else batch.classes
     terms = {}
     with torch.autocast(batch.images.device.type, enabled=False):  # losses in float32
         for name, value in (("cls", features.cls.float()), ("fout", features.fout.float())):
@@ -55,7 +54,7 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
             assert isinstance(triplet, Tensor)
             terms[f"triplet_{name}"] = config.triplet_weight * triplet
             logits = head.classify[name](head.neck[name](value))
-            terms[f"id_{name}"] = F.cross_entropy(logits, classes, label_smoothing=config.label_smoothing)
+            terms[f"id_{name}"] = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
     return terms
 
 

@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     say = print if runtime.main else _silent
     with runtime.together():
         indexes = find_indexes(Path(config.data), config.datasets)
-        streams = make_streams(indexes, config.tasks, config.outfit_classes)
+        streams = make_streams(indexes, config.tasks)
         sampler = Sampler(
             streams,
             seed=config.seed,
@@ -260,7 +260,7 @@ def _deepspeed(
 
 
 def _heads(streams: tuple[Stream, ...]) -> dict[str, int]:
-    return {stream.name: stream.classes for stream in streams if stream.task.loss == "identity"}
+    return {stream.name: stream.identities for stream in streams if stream.task.loss == "identity"}
 
 
 def _corpus(indexes: list[Index], most: int = 200_000):

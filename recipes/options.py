@@ -32,7 +32,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_new": 1.0,
         "warmup": 60,
         "window": 1,
-        "outfit_classes": True,
         "feature": "fout",
         "leaders": ("trad",),  # features that tell people apart must be there before the harder tasks can use them
         "ahead": 25,

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,23 +138,6 @@ def test_steps_and_streams_draw_anew():
     assert len({item.augmentation.shift.tobytes() for item in own}) == len(own)
     images = [tuple(item.rows[item.labels == 7]) for item in own]  # every batch holds all 24 identities
     assert len(set(images)) > len(own) // 2
-
-
-def test_classes_are_people_in_the_clothes_asked_for(mini):
-    indexes = find_indexes(Path(mini), ["cocas", "ltcc"])
-    for item in make_streams(indexes, ("cc", "ctcc", "li"), outfit_classes=True):
-        drawn = Sampler((replace(item, number=0),), seed=1, ids=4, images_per_id=4).sample(0)
-        classes = item.classes_of(drawn)
-        if item.task.name == "cc":
-            assert np.array_equal(classes, drawn.labels)
-            assert item.classes == item.identities
-            continue
-        train = item.index.clothes[item.index.select("train")]
-        assert item.classes == len(set(train.tolist())) > item.identities
-        assert np.array_equal(item.outfits[classes], item.index.clothes[drawn.instruction_rows])
-        assert not np.array_equal(item.outfits[classes], item.index.clothes[drawn.rows])  # some ask for other clothes
-    (plain,) = make_streams(indexes, ("li",))
-    assert plain.classes == plain.identities
 
 
 def test_rows_belong_to_labels_and_do_not_repeat():

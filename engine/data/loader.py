@@ -89,8 +89,7 @@ class TrainLoader:
             text, lengths = tokenize(self.tokenizer, self._sentences(sample), self.config.model.text_tokens)
             text, lengths = text.to(self.device), lengths.to(self.device)
         labels = torch.from_numpy(sample.labels).to(self.device)
-        classes = torch.from_numpy(stream.classes_of(sample)).to(self.device)
-        return Batch(stream.number, images, labels, text, lengths, clothes, classes), sample
+        return Batch(stream.number, images, labels, text, lengths, clothes), sample
 
     def _sentences(self, sample: Sample) -> list[str]:
         task = sample.stream.task

@@ -47,7 +47,6 @@ class Batch(NamedTuple):
     text          [T, L] int64 token ids, T = B or 1 (one sentence for the whole batch); None where pictures instruct
     text_lengths  [T] int64 valid tokens (CLS and SEP included); None with `text`
     clothes       [B, 3, h, w] float32 clothes pictures; None where sentences instruct
-    classes       [B] int64 what the identity loss tells apart; None: the labels
     """
 
     stream: int
@@ -56,4 +55,3 @@ class Batch(NamedTuple):
     text: Tensor | None
     text_lengths: Tensor | None
     clothes: Tensor | None
-    classes: Tensor | None = None

@@ -12,7 +12,7 @@ twice.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,6 @@ class Stream:
 
     rows    [R] int64 record numbers, identity after identity; within one, visible before near-infrared
     starts  [I+1] int64: rows[starts[i]:starts[i+1]] belong to label i
-    outfits [O] ascending outfit codes of these records if the identity loss tells apart people in outfits; else empty
     """
 
     number: int
@@ -41,7 +40,6 @@ class Stream:
     index: Index
     rows: NDArray[np.int64]
     starts: NDArray[np.int64]
-    outfits: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def name(self) -> str:
@@ -50,17 +48,6 @@ class Stream:
     @property
     def identities(self) -> int:
         return len(self.starts) - 1
-
-    @property
-    def classes(self) -> int:
-        """How many things the identity loss tells apart."""
-        return len(self.outfits) or self.identities
-
-    def classes_of(self, sample: Sample) -> NDArray[np.int64]:
-        """[B] what the identity loss calls each image of a sample: who it is, or who in the clothes asked for."""
-        if not len(self.outfits):
-            return sample.labels
-        return np.searchsorted(self.outfits, self.index.clothes[sample.instruction_rows])
 
 
 class Augmentation(NamedTuple):
@@ -98,12 +85,8 @@ class Sample(NamedTuple):
     augmentation: Augmentation
 
 
-def make_streams(indexes: list[Index], tasks: tuple[str, ...], outfit_classes: bool = False) -> tuple[Stream, ...]:
-    """Every (task, data set) pair that these indexes can train, tasks in the order of TASKS.
-
-    outfit_classes: where the instruction says which clothes are wanted and outfits are annotated, the identity loss
-    tells apart the people in each of their outfits instead of the people.
-    """
+def make_streams(indexes: list[Index], tasks: tuple[str, ...]) -> tuple[Stream, ...]:
+    """Every (task, data set) pair that these indexes can train, tasks in the order of TASKS."""
     streams: list[Stream] = []
     for task in TASKS.values():
         for index in indexes:
@@ -116,10 +99,7 @@ def make_streams(indexes: list[Index], tasks: tuple[str, ...], outfit_classes: b
                 order = np.lexsort((rows, index.modality[rows], index.pid[rows]))
                 rows = rows[order]
                 starts = np.flatnonzero(np.diff(index.pid[rows], prepend=-1, append=-2))
-                outfits = np.zeros(0, np.int32)
-                if outfit_classes and task.instruction in ("clothes", "description") and index.clothes[rows].min() >= 0:
-                    outfits = np.unique(index.clothes[rows])
-                streams.append(Stream(len(streams), task, index, rows, starts, outfits))
+                streams.append(Stream(len(streams), task, index, rows, starts))
     if not streams:
         names = ", ".join(index.name for index in indexes)
         raise InputError(f"nothing to train: the data sets found ({names}) hold no train images for {', '.join(tasks)}")
