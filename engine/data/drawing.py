@@ -346,7 +346,7 @@ def _infrared(palette: Palette, outfit: Outfit) -> Palette:
     gray = {key: 0.35 * value + 75 for key, value in luma.items()}
     gray |= {"skin": 150 + 0.35 * luma["skin"], "hair": 45 + 0.75 * luma["hair"], "dark": 40, "band": 255}
     cloth = ("coat", "coat2", "trousers", "shoes", "bag", "hat")
-    gray |= {key: 40 + 100 * own + 0.4 * luma[key] for key, own in zip(cloth, outfit.nir, strict=True)}
+    gray |= {key: 25 + 50 * own + 0.65 * luma[key] for key, own in zip(cloth, outfit.nir, strict=True)}
     return {key: (int(value), int(value), int(value)) for key, value in gray.items()}
 
 
@@ -801,7 +801,7 @@ def draw(
     gain = np.array(camera.gain if not nir else (1.0,) * 3, np.float32) * shot.gain
     lut = 255 * np.linspace(0, 1, 256, dtype=np.float32) ** camera.gamma
     pixels = lut[np.asarray(picture)] * (gain * (1 + light[..., None])).astype(np.float32)
-    noise = camera.noise * (2 if nir else 1)
+    noise = camera.noise * (1.3 if nir else 1)
     if noise:
         pixels += noise * generator.standard_normal((height, width, 1), np.float32)
     if noise and not nir:
