@@ -18,6 +18,7 @@ from engine.losses import identity_losses
 from engine.model.irm import IRM
 from engine.model.neck import GlobalBatchNorm
 
+pytestmark = pytest.mark.xdist_group("equality")  # one worker, or `results` is made twice
 B, C = 24, 16
 
 

@@ -105,14 +105,49 @@ def test_batches_keep_their_own_memory_and_order(files):
         assert torch.equal(image[0], want[number % 8])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing"])
+def damaged(picture: bytes, how: str) -> bytes:
+    """What a disk or a broken download makes of a JPEG file."""
+    size, table, data = (picture.index(bytes([255, marker])) for marker in (0xC0, 0xC4, 0xDA))
+    return {
+        "truncated": picture[:200],
+        "empty": b"",
+        "text": b"not a picture",
+        "half": picture[: len(picture) // 2],
+        "data missing": picture[: data + 20],
+        "cut within a marker": picture[: data + 1],
+        "no size": picture[: size + 5] + bytes(4) + picture[size + 9 :],
+        "huge": picture[: size + 5] + b"\xff" * 4 + picture[size + 9 :],
+        "code table": picture[: table + 5] + b"\xff" * 7 + picture[table + 12 :],
+    }[how]
+
+
+def test_damaged_files_never_harm_the_batches_after_them(files, tmp_path):
+    """DALI's threads are at work when they are met: 100 batches of 24 pictures, a damaged one in every third."""
+    how = ["truncated", "empty", "text", "half", "data missing", "cut within a marker", "no size", "huge", "code table"]
+    for number, name in enumerate(how):
+        (tmp_path / f"{number}.jpg").write_bytes(damaged(files[0].read_bytes(), name))
+
+    def batch(number: int) -> list[Path]:
+        paths = [files[(number + i) % 8] for i in range(24)]
+        if number % 3 == 1:
+            paths[number % 24] = tmp_path / f"{number // 3 % len(how)}.jpg"
+        return paths
+
+    pipeline = PicturePipeline(lambda number: plain(batch(number)), size=SIZE, batch=24, augment=False, device=CPU)
+    for number in range(100):
+        if number % 3 == 1:
+            with pytest.raises(DecodeError) as caught:
+                pipeline.next()
+            assert caught.value.paths == [batch(number)[number % 24]]
+        else:
+            assert torch.equal(pipeline.next(), run(plain(batch(number)), augment=False))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "half", "missing"])
 def test_a_damaged_file_is_named_and_costs_its_batch_only(files, tmp_path, damage):
     bad = tmp_path / "bad.jpg"
-    content = {"truncated": files[0].read_bytes()[:200], "text": b"not a picture", "empty": b"", "missing": None}[
-        damage
-    ]
-    if content is not None:
-        bad.write_bytes(content)
+    if damage != "missing":
+        bad.write_bytes(damaged(files[0].read_bytes(), damage))
     batches = [files[:4], [files[0], bad, files[2], files[3]], files[4:], files[:4], files[:4]]
     pipeline = PicturePipeline(
         lambda number: plain(batches[min(number, 4)]), size=SIZE, batch=4, augment=False, device=CPU

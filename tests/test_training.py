@@ -155,6 +155,7 @@ def test_two_ranks_share_each_batch(mini, tmp_path):
     assert len({row["stream"] for row in ranks[0]}) == 12
 
 
+@pytest.mark.slow  # tests/test_equality.py says the same of every term
 def test_two_ranks_compute_what_one_does(mini, tmp_path):
     """Identity loss and BNNeck statistics are global: the first step's terms without in-batch pairs agree."""
     rows = []
@@ -170,7 +171,7 @@ def test_two_ranks_compute_what_one_does(mini, tmp_path):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", ["zero1", "zero2", "zero3", "zero1_bf16"])
+@pytest.mark.parametrize("settings", ["zero1", pytest.param("zero2", marks=pytest.mark.slow), "zero3", "zero1_bf16"])
 def test_zero_stages_train_and_evaluate_alike(mini, tmp_path, settings):
     stages = ["zero0", settings]
     for stage in stages:

@@ -7,6 +7,7 @@ receives the result by DLPack. No DALIGenericIterator: it ends an epoch silently
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn
 from nvidia.dali import types as dali_types
 from nvidia.dali.pipeline import Pipeline
+from PIL import Image
 from torch import Tensor
 
 from engine.data.index import WHOLE, Box
@@ -82,7 +84,8 @@ class PicturePipeline:
             "threads": threads,
             "colour_jitter": colour_jitter,
         }
-        self.pipe = _graph(lambda number: source(start + number), **self.settings)
+        self.unreadable: set[Path] = set()  # met by this pipeline
+        self.pipe = _graph(lambda number: self._inputs(source(start + number)), **self.settings)
         self.pipe.build()
         self.spare: Pipeline | None = None
 
@@ -90,22 +93,41 @@ class PicturePipeline:
         """[B, 3, H, W] float32 on the device. DecodeError names damaged files; the next call goes on behind them."""
         number, self.number = self.number, self.number + 1
         try:
-            return _to_torch(self.pipe.run())
+            images = _to_torch(self.pipe.run())
         except RuntimeError as error:
             self._name_damaged(self.source(number), error)
+        if self.unreadable:
+            self._refuse_unreadable(self.source(number))
+        return images
 
     def again(self, pictures: Pictures) -> Tensor:
         """One batch outside the sequence, with the same graph: how a batch is made once more without a damaged file."""
         try:
-            return self._by_spare(pictures)
+            images = self._by_spare(pictures)
         except RuntimeError as error:
             self._name_damaged(pictures, error)
+        self._refuse_unreadable(pictures)
+        return images
+
+    def _refuse_unreadable(self, pictures: Pictures) -> None:
+        damaged = [path for path in dict.fromkeys(pictures.paths) if path in self.unreadable]
+        if damaged:
+            raise DecodeError(damaged)
+
+    def _inputs(self, pictures: Pictures) -> dict[str, list[NDArray]]:
+        """The graph's inputs by name. A file whose header cannot be read is noted, and a black pixel goes in its place:
+        at the first such file DALI 2.4's decoder leaves its stack while its threads still work on it."""
+        encoded = [_read(path) for path in pictures.paths]
+        self.unreadable |= {path for path, content in zip(pictures.paths, encoded, strict=True) if content is None}
+        numbers = _numbers(pictures, **self.settings)
+        return {"encoded": [BLACK if content is None else content for content in encoded], **numbers}
 
     def _name_damaged(self, pictures: Pictures, error: RuntimeError) -> NoReturn:
         damaged = []
         for path in dict.fromkeys(pictures.paths):
             try:
                 self._by_spare(plain([path]))
+                self._refuse_unreadable(plain([path]))
             except RuntimeError:
                 damaged.append(path)
         if not damaged:
@@ -118,31 +140,40 @@ class PicturePipeline:
         if self.spare is None:
             self.spare = _graph(None, **self.settings)
             self.spare.build()
-        return _to_torch(self.spare.run(**_inputs(pictures, **self.settings)))
+        return _to_torch(self.spare.run(**self._inputs(pictures)))
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes; one zero byte, which no decoder accepts, for a file that is empty or cannot be read."""
+def _read(path: Path) -> NDArray[np.uint8] | None:
+    """The file's bytes; None where they do not begin as a picture does."""
     try:
-        content = np.fromfile(path, dtype=np.uint8)
-    except OSError:
-        content = np.zeros(0, dtype=np.uint8)
-    return content if len(content) else np.zeros(1, dtype=np.uint8)
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:  # reads up to the compressed data
+            return np.frombuffer(content, np.uint8) if image.tile else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
-def _inputs(pictures: Pictures, *, augment: bool, colour_jitter: float, **_: Any) -> dict[str, list[NDArray]]:
-    """The graph's inputs by name: file contents, then the numbers that its steps read."""
+def _black() -> NDArray[np.uint8]:
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "png")
+    return np.frombuffer(stream.getvalue(), np.uint8).copy()
+
+
+BLACK = _black()
+
+
+def _numbers(pictures: Pictures, *, augment: bool, colour_jitter: float, **_: Any) -> dict[str, list[NDArray]]:
+    """What the graph's steps read beside the files."""
     numbers = {"box": pictures.boxes}
     if augment:
         numbers |= pictures.augmentation._asdict()
         if not colour_jitter:
             del numbers["jitter"]
-    encoded = [_read(path) for path in pictures.paths]
-    return {"encoded": encoded, **{name: [np.asarray(row) for row in rows] for name, rows in numbers.items()}}
+    return {name: [np.asarray(row) for row in rows] for name, rows in numbers.items()}
 
 
 def _graph(
-    source: Callable[[int], Pictures] | None,
+    source: Callable[[int], dict[str, list[NDArray]]] | None,
     *,
     size: tuple[int, int],
     batch: int,
@@ -154,7 +185,7 @@ def _graph(
     """The steps an image goes through, top to bottom. source None: every batch is given to `run`."""
     types: Any = dali_types  # its names are made when it is imported
     gpu = device.type == "cuda"
-    names = list(_inputs(plain([]), augment=augment, colour_jitter=colour_jitter))
+    names = ["encoded", *_numbers(plain([]), augment=augment, colour_jitter=colour_jitter)]
     kinds = [types.UINT8, *[types.FLOAT] * (len(names) - 1)]
     sizes = [0 if name == "flip" else 1 for name in names]
     pipe = Pipeline(
@@ -172,9 +203,7 @@ def _graph(
         else:
             read = source
             parts = fn.external_source(
-                source=lambda number: list(
-                    _inputs(read(number), augment=augment, colour_jitter=colour_jitter).values()
-                ),
+                source=lambda number: list(read(number).values()),
                 num_outputs=len(names),
                 batch=True,
                 dtype=kinds,
