@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature": "fout",
         "leaders": ("trad",),  # features that tell people apart must be there before the harder tasks can use them
         "ahead": 25,
-        "shares": {"vi": 6, "ctcc": 4, "t2i": 4, "li": 4},
+        "shares": {"vi": 9, "ctcc": 5, "t2i": 4, "li": 3},
         "checkpoint_every": 250,
     },
 }
@@ -76,7 +76,7 @@ def training_parser(description: str) -> Parser:
         "--shares",
         type=_shares,
         metavar="TASK=N,..",
-        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=6,ctcc=4,t2i=4,li=4 for "
+        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=9,ctcc=5,t2i=4,li=3 for "
         "irm_tiny, else 1)",
     )
     add(

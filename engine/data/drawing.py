@@ -340,8 +340,8 @@ def _visible(person: Person, outfit: Outfit) -> Palette:
 
 
 def _infrared(palette: Palette, outfit: Outfit) -> Palette:
-    """Most dyes hardly absorb near infrared, pigments do: half of a cloth's brightness follows from its colour, half is
-    its own. Skin is bright, hair lighter."""
+    """Most dyes hardly absorb near infrared, pigments do: two thirds of a cloth's brightness follow from what it is and
+    how it was dyed, a third is its own. Skin is bright, hair lighter."""
     luma = {key: (3 * r + 6 * g + b) / 10 for key, (r, g, b) in palette.items()}
     gray = {key: 0.35 * value + 75 for key, value in luma.items()}
     gray |= {"skin": 150 + 0.35 * luma["skin"], "hair": 45 + 0.75 * luma["hair"], "dark": 40, "band": 255}
