@@ -17,13 +17,13 @@ def config(*arguments: str) -> TrainConfig:
 
 def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
     mini, real = config(), config("--data", "somewhere")
-    assert (mini.model, mini.steps, mini.ids) == (MODELS["irm_tiny"], 640, 32)
+    assert (mini.model, mini.steps, mini.ids) == (MODELS["irm_tiny"], 700, 32)
     assert (real.model, real.steps, real.lr, real.warmup) == (MODELS["irm_base"], 24000, 1e-5, 1000)
     assert (real.ids, real.images_per_id, real.weight_decay, real.margin) == (32, 4, 5e-4, 0.3)
     assert config("--steps", "10").warmup == 2
     assert config("--steps", "10", "--warmup", "7").warmup == 7
     assert config("--image-size", "384x192", "--config", "irm_base").model.image_size == (384, 192)
-    assert (config().shares["vi"], config().leaders, config().ahead) == (5, ("trad",), 25)
+    assert (config().shares["vi"], config().leaders, config().ahead) == (9, ("trad",), 25)
     assert config("--shares", "vi=3,li=2", "--ahead", "0").shares == {"vi": 3, "li": 2}
     assert (real.shares, real.ahead) == ({}, 0)
 
