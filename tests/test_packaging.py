@@ -65,6 +65,7 @@ def test_transformers_leaves_our_kernels_alone_in_the_installed_layout(site, tmp
     assert said == f"BertModel 0.0.1 {site / 'kernels' / '__init__.py'}"
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_from_any_folder(site, mini, tmp_path):
     deepspeed = Path(sys.executable).parent / "deepspeed"
     options = ["--config", "irm_tiny", "--ids", "4", "--steps", "1", "--window", "2", "--no-eval", "--output", "run"]
