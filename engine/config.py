@@ -37,8 +37,11 @@ class ModelConfig:
     """Sizes of the Instruct-ReID model. Pictures are (height, width) in pixels; widths are features.
 
     stem          "patch": ViT's patch x patch convolution; "conv": strided 3x3 convolutions down to `patch`
+    cls_stem      CLS begins as a linear map of all patches side by side: from nothing, attention takes thousands of
+                  steps to learn where on the body to look
     part_tokens   extra class tokens beside CLS (PASS has 3)
     clothes_size  size of a clothes picture before the picture tower
+    shared_stem   the picture tower sees through E_e's stem (of its width): from nothing, every task teaches that one
     text_tokens   longest instruction in tokens, CLS and SEP included; what is longer is cut
     embed         size of the projections that text-to-image search compares
     embed_norm    whiten the projections by batch statistics: from nothing, all sentences are nearly parallel (cosine
@@ -51,6 +54,7 @@ class ModelConfig:
     image_size: tuple[int, int] = (256, 128)
     patch: int = 16
     stem: str = "patch"
+    cls_stem: bool = False
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -58,6 +62,7 @@ class ModelConfig:
     drop_path: float = 0.1
     clothes_size: tuple[int, int] = (128, 128)
     picture_depth: int = 12
+    shared_stem: bool = False
     text_depth: int = 6
     text_heads: int = 12
     text_tokens: int = 70
@@ -82,6 +87,10 @@ class ModelConfig:
         for width, heads in ((self.width, self.heads), (self.instruction_width, self.text_heads)):
             if heads < 1 or width % heads:
                 raise InputError(f"width {width} is not a multiple of heads {heads}")
+            if width % 4:
+                raise InputError(f"width {width}: expected a multiple of 4")
+        if self.shared_stem and self.width != self.instruction_width:
+            raise InputError(f"shared_stem: expected width {self.width} = instruction_width {self.instruction_width}")
 
 
 MODELS: dict[str, ModelConfig] = {
@@ -91,12 +100,14 @@ MODELS: dict[str, ModelConfig] = {
         image_size=(128, 64),
         patch=16,
         stem="conv",
-        width=192,
-        depth=4,
-        heads=6,
+        cls_stem=True,
+        width=128,
+        depth=3,
+        heads=4,
         drop_path=0.0,
         clothes_size=(64, 64),
         picture_depth=1,
+        shared_stem=True,
         text_depth=1,
         text_heads=4,
         text_tokens=64,
@@ -134,6 +145,7 @@ class TrainConfig:
     clip: float = 5.0
     margin: float = 0.3
     mining: str = "all"
+    centre: bool = False  # compare a batch's instructions about their mean (engine.losses.centred)
     label_smoothing: float = 0.0
     triplet_weight: float = 1.0
     colour_jitter: float = 0.0

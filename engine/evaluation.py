@@ -404,7 +404,7 @@ class Evaluation:
                 return self.model.image_embedding(seen).float().cpu()[None]
             asked = sentences
             if clothes is not None:
-                asked = [self.model.instruct.of_clothes(clothes)]
+                asked = [self.model.instruction_of_clothes(clothes)]
             elif kind == "description":
                 own = [(row, index.captions(row)) for row in instructions[block]]
                 for row, captions in own:

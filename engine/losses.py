@@ -43,7 +43,10 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     assert features.instruction is not None
     assert features.fout is not None
     assert head is not None
-    instructions = features.instruction.cls.float().expand(len(batch.images), -1)
+    instructions = features.instruction.cls.float()
+    if config.centre and len(instructions) > 1:
+        instructions = centred(instructions)
+    instructions = instructions.expand(len(batch.images), -1)
     terms = {}
     with torch.autocast(batch.images.device.type, enabled=False):  # losses in float32
         for name, value in (("cls", features.cls.float()), ("fout", features.fout.float())):
@@ -56,6 +59,13 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
             logits = head.classify[name](head.neck[name](value))
             terms[f"id_{name}"] = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
     return terms
+
+
+def centred(instructions: Tensor) -> Tensor:
+    """[N, E] -> [N, E + 1] vectors whose cosine is (1 + c) / 2, c that of the instructions about their mean. From
+    nothing all instructions are nearly parallel (cosine 0.95 and more), and so Eq. 6 would tell none from another."""
+    unit = F.normalize(instructions - instructions.mean(0), dim=-1)
+    return torch.cat([unit, torch.ones_like(unit[:, :1])], 1)
 
 
 def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:

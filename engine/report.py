@@ -131,7 +131,7 @@ class Report:
         if run.task.instruction == "clothes":
             paths, boxes = zip(*map(run.index.clothes_picture, rows), strict=True)
             clothes = _pictures(run, paths, run.config.model.clothes_size, boxes)
-            instruction = run.model.instruct.of_clothes(clothes)
+            instruction = run.model.instruction_of_clothes(clothes)
         else:
             instruction = _instruction(run, sentences)
         return run.model.edit.attention_map(images, instruction.tokens, instruction.lengths).cpu().numpy()

@@ -223,7 +223,7 @@ def test_exchanges_change_the_queries_alone(mini, untrained, task):
         assert np.abs(found - run.features.of(queries)).max(1).min() > 1e-4
         image = model_input(index.path(picture[0]), config.model.image_size)
         if task == "ctcc":
-            asked = model.instruct.of_clothes(model_input(index.clothes_picture(instruction[0])[0], (64, 64)))
+            asked = model.instruction_of_clothes(model_input(index.clothes_picture(instruction[0])[0], (64, 64)))
         else:
             ids, lengths = tokenize(tokenizer, index.captions(instruction[0])[:1], 64)
             asked = model.instruct.of_text(ids, lengths)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import kernels
 from engine.config import MODELS, TrainConfig
 from engine.data.record import Batch
-from engine.losses import TrainingModel, contrastive_loss, matching_losses
+from engine.losses import TrainingModel, centred, contrastive_loss, matching_losses
 from engine.model.instruction import Instruction
 from engine.model.irm import IRM, Features
 
@@ -54,6 +54,31 @@ def test_identity_losses_follow_the_configuration():
         normal = (value - value.mean(0)) / (value.var(0, unbiased=False) + 1e-5).sqrt()
         logits = normal @ head.classify[name].weight.T
         torch.testing.assert_close(terms[f"id_{name}"], F.cross_entropy(logits, LABELS), rtol=1e-3, atol=1e-4)
+
+
+def test_centred_instructions_are_compared_about_their_mean():
+    torch.manual_seed(0)
+    instructions = 20 + torch.randn(6, 8, dtype=torch.float64)
+    assert F.cosine_similarity(instructions[:1], instructions[1:]).min() > 0.99
+    about = instructions - instructions.mean(0)
+    for i in range(6):
+        got = F.cosine_similarity(centred(instructions)[i], centred(instructions), dim=-1)
+        torch.testing.assert_close(got, (1 + F.cosine_similarity(about[i], about, dim=-1)) / 2)
+
+
+def test_instructions_are_centred_where_a_run_asks_and_they_differ():
+    torch.manual_seed(0)
+    training = TrainingModel(IRM(TINY, 50, {"li/a": 3}), TrainConfig(centre=True), ["li/a"], [False])
+    own = batch(0)
+    features = training.model(own)
+    unit = F.normalize(features.cls, dim=-1)
+    want = kernels.adaptive_triplet_reference(unit, LABELS, centred(features.instruction.cls))
+    assert (want - kernels.adaptive_triplet_reference(unit, LABELS, features.instruction.cls)).abs() > 0.01
+    torch.testing.assert_close(training(own)[1]["triplet_cls"], want, rtol=1e-4, atol=1e-6)
+    one = own._replace(text=own.text[:1], text_lengths=own.text_lengths[:1])  # a sentence for the whole batch
+    unit = F.normalize(training.model(one).cls, dim=-1)
+    want = kernels.adaptive_triplet_reference(unit, LABELS, torch.ones(6, 1))
+    torch.testing.assert_close(training(one)[1]["triplet_cls"], want, rtol=1e-4, atol=1e-6)
 
 
 def test_identity_losses_reach_every_part(training):

@@ -1,5 +1,7 @@
 """The model: a pre-trained ViT at step 0, blind to padding, the same in training and evaluation statistics."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -7,13 +9,14 @@ import torch.nn.functional as F
 
 from engine.config import MODELS, ModelConfig
 from engine.data.record import Batch
-from engine.model.editing import EditingTransformer
+from engine.model.editing import EditingTransformer, sines
 from engine.model.fusion import Fusion
 from engine.model.instruction import Instruction, build_tokenizer, tokenize
 from engine.model.irm import IRM
 from engine.model.neck import GlobalBatchNorm
 
 TINY = MODELS["irm_tiny"]
+SHARED = replace(TINY, shared_stem=True)
 
 
 def vit(size=(64, 32), **options):
@@ -57,6 +60,41 @@ def test_part_tokens_and_one_instruction_for_the_batch():
     images, words = torch.randn(4, 3, 64, 32), torch.randn(1, 7, 40)
     assert model(images).shape == (4, 1 + 3 + 8, 48)
     torch.testing.assert_close(model(images, words), model(images, words.expand(4, -1, -1)))
+
+
+def test_initial_position_embeddings_tell_offsets():
+    """Products of sines and cosines depend on the offset between two places alone, and are greatest at none."""
+    waves = sines(6, 3, 48).view(6, 3, 48)
+    for down, right in ((1, 0), (0, 2), (3, 1)):
+        products = (waves[down:, right:] * waves[: 6 - down, : 3 - right]).sum(-1)
+        torch.testing.assert_close(products, products[:1, :1].expand_as(products))
+        assert products.max() < 0.25 * 24 - 0.1  # 24 pairs of sine and cosine, 0.5 high
+    assert torch.equal(editing().pos_embed[0, 1:], sines(4, 2, 48))
+    assert not editing().pos_embed[0, 0].any()
+
+
+def test_cls_may_begin_with_all_patches():
+    """The first block gets cls_token + the map of the patches, in their order, as CLS."""
+    torch.manual_seed(0)
+    model, images, seen = editing(cls_stem=True), torch.randn(2, 3, 64, 32), []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(images)
+    patches = model.patch_embed(images)
+    want = model.cls_token[0] + patches.reshape(2, -1) @ model.cls_stem.weight.T + model.cls_stem.bias
+    torch.testing.assert_close(seen[0], torch.cat([want[:, None], patches + model.pos_embed[:, 1:]], 1))
+
+
+def test_a_shared_stem_is_one():
+    model = IRM(SHARED, 50, {"ctcc/a": 3})
+    names = [name for name, _ in model.named_parameters()]
+    assert any(name.startswith("edit.patch_embed.") for name in names)
+    assert not any(name.startswith("instruct.picture.patch_embed.") for name in names)
+    pictures = torch.randn(2, 3, *SHARED.clothes_size)
+    patches = model.edit.patch_embed(pictures)
+    want = model.instruct.picture(patches, stem=torch.nn.Identity())
+    assert torch.equal(model.instruction_of_clothes(pictures).tokens, want)
+    own = IRM(replace(SHARED, shared_stem=False), 50, {"ctcc/a": 3})
+    assert torch.equal(own.instruction_of_clothes(pictures).tokens, own.instruct.picture(pictures))
 
 
 def test_irm_base_fits_a_vit_base_checkpoint():

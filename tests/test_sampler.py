@@ -111,11 +111,11 @@ def test_shares_and_the_leaders_head_start():
         assert part == [(0, 2 + cycle), (1, 2 + cycle), (2, cycle), *((3, 3 * cycle + i) for i in range(3))]
 
 
-def test_visible_infrared_training_drops_colour_half_of_the_time():
+def test_visible_infrared_training_mostly_drops_colour():
     one = sampler([stream(task="vi", infrared=3)])
     channels = np.concatenate([one.sample(step).augmentation.channels for step in range(50)])
     coloured = (channels == [0, 1, 2]).all(1)
-    assert 0.45 < coloured.mean() < 0.55
+    assert 0.13 < coloured.mean() < 0.17
     assert set(channels[~coloured][:, 0]) == {0, 1, 2}
     assert (channels[~coloured] == channels[~coloured][:, :1]).all()
 

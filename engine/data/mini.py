@@ -29,7 +29,7 @@ from engine.data.drawing import Camera, Outfit, Person, Shot, Style
 from engine.errors import InputError
 from engine.instructions import describe
 
-FORMAT = 2  # raise when what is drawn or written changes: older folders are then refused
+FORMAT = 3  # raise when what is drawn or written changes: older folders are then refused
 TEMPLATE: drawing.Size = (96, 96)
 KEPT = 0.7  # chance that an outfit is worn with the person's own shoes; the same for the bag
 _PERSON, _OUTFIT, _CAMERA, _SCENERY, _SHOT, _DEAL, _TEXT, _HABIT = range(8)  # what a random stream is for
@@ -121,7 +121,7 @@ class Studio:
         """The moment of a take and the generator of its noise."""
         generator = self.generator(_SHOT, take.number)
         person, camera = self.person(take.person), self.camera(take.camera)
-        return drawing.make_shot(generator, person, camera, 8.0 if junk else 1.0), generator
+        return drawing.make_shot(generator, person, camera, 5.0 if junk else 1.0), generator
 
     def words(self, take: Take) -> dict[str, str]:
         """The 20 attributes of a take."""

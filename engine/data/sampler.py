@@ -270,7 +270,7 @@ def _as_queries(rows_PK: NDArray[np.int64], generator: np.random.Generator) -> N
 
 def _augmentation(generator: np.random.Generator, count: int, colourless: bool = False) -> Augmentation:
     """Flip with probability 1/2; a shift within the padding; erasing with probability 1/2: 2-40 % of the area at aspect
-    0.3-3.3 (Zhong et al. 2020). colourless: with probability 1/2 one channel stands for all three, so that colour does
+    0.3-3.3 (Zhong et al. 2020). colourless: with probability 0.85 one channel stands for all three, so that colour does
     not tell who is who across modalities (Ye et al. 2021)."""
     u = generator.random((count, 14), dtype=np.float32)
     area, aspect = 0.02 + 0.38 * u[:, 3], 0.3 * (1 / 0.09) ** u[:, 4]
@@ -283,5 +283,5 @@ def _augmentation(generator: np.random.Generator, count: int, colourless: bool =
         u[:, 1:3] * 2 - 1,
         np.concatenate([place, size], 1).astype(np.float32),
         u[:, 8:12] * 2 - 1,
-        np.where((u[:, 12:13] < 0.5) & colourless, np.floor(u[:, 13:14] * 3), np.arange(3)).astype(np.float32),
+        np.where((u[:, 12:13] < 0.85) & colourless, np.floor(u[:, 13:14] * 3), np.arange(3)).astype(np.float32),
     )

@@ -48,7 +48,7 @@ class Block(nn.Module):
 class ConvStem(nn.Module):
     """Strided 3x3 convolutions down to one token per patch x patch pixels: learns faster than one large convolution."""
 
-    def __init__(self, size: tuple[int, int], patch: int, width: int):
+    def __init__(self, patch: int, width: int):
         super().__init__()
         steps = patch.bit_length() - 1
         widths = [3, *(width >> (steps - 1 - i) for i in range(steps))]
@@ -57,7 +57,6 @@ class ConvStem(nn.Module):
             layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1, bias=False)]
             layers += [nn.GroupNorm(max(1, widths[i + 1] // 16), widths[i + 1]), nn.GELU()]
         self.proj = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
-        self.num_patches = (size[0] // patch) * (size[1] // patch)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).mT
@@ -66,6 +65,8 @@ class ConvStem(nn.Module):
 class EditingTransformer(nn.Module):
     """images [B, 3, h, w] (+ instruction tokens) -> tokens [B, N, C].
 
+    stem                "patch", "conv", or "given": none of its own, `forward` gets another transformer's
+    cls_stem            CLS begins as a linear map of all patches side by side, not as the same vector for all images
     instruction_width   features of the instruction's tokens; None: a plain ViT (the picture tower)
     """
 
@@ -80,6 +81,7 @@ class EditingTransformer(nn.Module):
         heads: int,
         part_tokens: int = 0,
         drop_path: float = 0.0,
+        cls_stem: bool = False,
         instruction_width: int | None = None,
         gate: float = 0.0,
     ):
@@ -87,13 +89,14 @@ class EditingTransformer(nn.Module):
         self.heads, self.class_tokens = heads, 1 + part_tokens
         self.grid = size[0] // patch, size[1] // patch
         if stem == "conv":
-            self.patch_embed: nn.Module = ConvStem(size, patch, width)
-        else:
+            self.patch_embed: nn.Module = ConvStem(patch, width)
+        elif stem == "patch":
             self.patch_embed = PatchEmbed(img_size=size, patch_size=patch, embed_dim=width)
+        self.cls_stem = nn.Linear(self.grid[0] * self.grid[1] * width, width) if cls_stem else None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if part_tokens:
             self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.class_tokens + self.patch_embed.num_patches, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.class_tokens + self.grid[0] * self.grid[1], width))
         rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -101,15 +104,23 @@ class EditingTransformer(nn.Module):
             self.kv_ins = nn.Linear(instruction_width, depth * 2 * width)  # K', V' of all layers in one product
             self.gates = nn.Parameter(torch.full((depth, heads), gate))
         self.apply(_initialise)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
+        self.pos_embed.data[0, self.class_tokens :] = sines(*self.grid, width)
 
-    def forward(self, images: Tensor, tokens_BMC: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        tokens_BMC: Tensor | None = None,
+        lengths: Tensor | None = None,
+        stem: nn.Module | None = None,
+    ) -> Tensor:
         """tokens_BMC: F_T [B, M, E], or [1, M, E] when one instruction serves the batch; lengths [B or 1] valid
-        tokens."""
-        x = self.patch_embed(images)
+        tokens; stem: used in place of its own."""
+        x = (stem or self.patch_embed)(images)
         B = len(x)
         starts = [self.cls_token.expand(B, -1, -1)]
+        if self.cls_stem is not None:
+            starts[0] = starts[0] + self.cls_stem(x.flatten(1))[:, None]
         if self.class_tokens > 1:
             starts.append(self.part_tokens.expand(B, -1, -1))
         x = torch.cat([*starts, x], 1) + self.pos_embed
@@ -142,6 +153,18 @@ class EditingTransformer(nn.Module):
         maps_BHN = torch.softmax(q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5, -1)[:, :, 0]
         patches = maps_BHN.mean(1)[:, self.class_tokens :]
         return (patches / patches.sum(1, keepdim=True)).view(B, *self.grid)
+
+
+def sines(rows: int, columns: int, width: int) -> Tensor:
+    """[rows * columns, width] initial position embeddings of a grid: a quarter each sine and cosine of row and column,
+    half as high as a token's content. With ViT's noise of 0.02 the CLS of an untrained model hardly knows where on the
+    body a colour is, and learns it slowly (bench/NOTES.md)."""
+    frequencies = 1e-4 ** (torch.arange(width // 4) / (width // 4))
+    waves = []
+    for places in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"):
+        angles = places.flatten()[:, None] * frequencies
+        waves += [angles.sin(), angles.cos()]
+    return 0.5 * torch.cat(waves, 1)
 
 
 def _initialise(module: nn.Module) -> None:

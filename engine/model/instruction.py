@@ -49,10 +49,11 @@ class InstructionEncoder(nn.Module):
         self.picture = EditingTransformer(
             size=config.clothes_size,
             patch=config.patch,
-            stem=config.stem,
+            stem="given" if config.shared_stem else config.stem,
             width=width,
             depth=config.picture_depth,
             heads=config.text_heads,
+            cls_stem=config.cls_stem,
         )
 
     def of_text(self, ids: Tensor, lengths: Tensor) -> Instruction:
@@ -61,9 +62,9 @@ class InstructionEncoder(nn.Module):
         tokens = self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return Instruction(tokens, lengths, tokens[:, 0])
 
-    def of_clothes(self, pictures: Tensor) -> Instruction:
-        """pictures [T, 3, h, w] float."""
-        tokens = self.picture(pictures)
+    def of_clothes(self, pictures: Tensor, stem: nn.Module | None = None) -> Instruction:
+        """pictures [T, 3, h, w] float; stem: E_e's, where the tower has none of its own."""
+        tokens = self.picture(pictures, stem=stem)
         return Instruction(tokens, None, tokens[:, 0])
 
 

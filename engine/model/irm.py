@@ -76,6 +76,7 @@ class IRM(nn.Module):
             heads=config.heads,
             part_tokens=config.part_tokens,
             drop_path=config.drop_path,
+            cls_stem=config.cls_stem,
             instruction_width=config.instruction_width,
             gate=config.gate,
         )
@@ -92,7 +93,11 @@ class IRM(nn.Module):
     def instruction(self, batch: Batch) -> Instruction | None:
         if batch.text is not None and batch.text_lengths is not None:
             return self.instruct.of_text(batch.text, batch.text_lengths)
-        return None if batch.clothes is None else self.instruct.of_clothes(batch.clothes)
+        return None if batch.clothes is None else self.instruction_of_clothes(batch.clothes)
+
+    def instruction_of_clothes(self, pictures: Tensor) -> Instruction:
+        """F_T of clothes pictures [T, 3, h, w]."""
+        return self.instruct.of_clothes(pictures, self.edit.patch_embed if self.config.shared_stem else None)
 
     def forward(self, batch: Batch) -> Features:
         return self.features(batch.images, self.instruction(batch))
