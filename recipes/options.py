@@ -25,7 +25,7 @@ ALONE = 30  # seconds
 PRESETS: dict[str, dict[str, Any]] = {
     "irm_base": {"steps": 24000, "ids": 32, "lr": 1e-5, "lr_start": 1e-7, "warmup": 1000, "window": 0},
     "irm_tiny": {
-        "steps": 1150,
+        "steps": 1200,
         "ids": 32,
         "lr": 1.2e-3,
         "lr_start": 2e-5,
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature": "fout",
         "leaders": ("trad",),  # features that tell people apart must be there before the harder tasks can use them
         "ahead": 25,
-        "shares": {"vi": 10, "ctcc": 4, "t2i": 3, "li": 3},
+        "shares": {"vi": 12, "ctcc": 3, "t2i": 2, "li": 3},
         "checkpoint_every": 250,
     },
 }
@@ -62,7 +62,7 @@ def training_parser(description: str) -> Parser:
         metavar="NAME|FILE",
         help="irm_tiny, irm_base or a JSON file (default: irm_tiny on the mini data, else irm_base)",
     )
-    add("--steps", type=int, metavar="N", help="optimiser steps (default: 1150 for irm_tiny, else 24000)")
+    add("--steps", type=int, metavar="N", help="optimiser steps (default: 1200 for irm_tiny, else 24000)")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, sampling and augmentation (default: 0)")
     add("--resume", action="store_true", help="go on from the latest checkpoint in --output")
     add("--ids", type=int, metavar="P", help="identities per batch over all ranks (default: 32)")
@@ -77,7 +77,7 @@ def training_parser(description: str) -> Parser:
         "--shares",
         type=_shares,
         metavar="TASK=N,..",
-        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=10,ctcc=4,t2i=3,li=3 for "
+        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=12,ctcc=3,t2i=2,li=3 for "
         "irm_tiny, else 1)",
     )
     add(

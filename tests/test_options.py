@@ -17,7 +17,7 @@ def config(*arguments: str) -> TrainConfig:
 
 def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
     mini, real = config(), config("--data", "somewhere")
-    assert (mini.model, mini.steps, mini.ids) == (MODELS["irm_tiny"], 1150, 32)
+    assert (mini.model, mini.steps, mini.ids) == (MODELS["irm_tiny"], 1200, 32)
     assert (real.model, real.steps, real.lr, real.warmup) == (MODELS["irm_base"], 24000, 1e-5, 1000)
     assert (real.ids, real.images_per_id, real.weight_decay, real.margin) == (32, 4, 5e-4, 0.3)
     assert config("--steps", "10").warmup == 2
