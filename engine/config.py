@@ -156,6 +156,7 @@ class TrainConfig:
     baselines: bool = False  # measure what needs no learning beside the model (--check)
     resume: bool = False
     feature: str = "cls"
+    released: bool = False  # measure as the released code's evaluator does (engine.protocols.INSTRUCT)
     device: str = "auto"
     workers: int = 2
     save_features: bool = False

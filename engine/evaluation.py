@@ -33,6 +33,7 @@ from engine.model.instruction import Instruction, tokenize
 from engine.model.irm import IRM
 from engine.progress import Progress
 from engine.protocols import (
+    INSTRUCT,
     PROTOCOLS,
     Metrics,
     Protocol,
@@ -56,6 +57,7 @@ RESCORED = 128  # text-to-image: how many of the best by cosine the matching hea
 BASELINES = ("histogram_mAP", "pixel_mAP", "shuffled_instruction_mAP", "shuffled_picture_mAP")
 
 R = TypeVar("R")
+Tested = tuple[Task, Index, list[Protocol]]
 
 
 class TestFeatures:
@@ -88,6 +90,7 @@ def evaluate(
     quick: bool = False,
     with_baselines: bool = False,
     feature: str | None = None,
+    released: bool = False,
     device: torch.device | str = "cpu",
     runtime: Runtime | None = None,
     features_file: Path | None = None,
@@ -96,12 +99,18 @@ def evaluate(
     """Evaluate a stored model on every protocol of every data set found below `data`; content of metrics.json.
 
     with_baselines  measure what `evaluate_model` calls baselines as well
+    released        cut rankings as the released Instruct-ReID evaluator does; protocols are called NAME:instruct
     runtime         ranks that share the work (None on all but rank 0 comes back); None: this process alone, on `device`
     """
     runtime = runtime or Runtime(torch.device(device))
     model, config, state, tokenizer = checkpoint.load_model(Path(checkpoint_path))
     config = config.but(
-        quick=quick, baselines=with_baselines, feature=feature or config.feature, tasks=tasks, data=str(data)
+        quick=quick,
+        baselines=with_baselines,
+        feature=feature or config.feature,
+        tasks=tasks,
+        data=str(data),
+        released=released,
     )
     indexes = find_indexes(Path(data), datasets)
     torch.manual_seed(config.seed)
@@ -138,13 +147,7 @@ def evaluate_model(
     `shuffled_picture_mAP`; null where a protocol has no such thing (text has no colours to compare).
     InputError, on all ranks alike, names a damaged test image.
     """
-    tested = [
-        (TASKS[task], index, [PROTOCOLS[name] for name in index.dataset.protocols[task]])
-        for task in TASKS
-        for index in indexes
-        if task in config.tasks and task in index.dataset.protocols
-    ]
-    tested = [item for item in tested if _has_test(*item)]
+    tested, left_out = measurable(indexes, config)
     if not tested:
         raise InputError(f"--data {config.data}: nothing to evaluate for tasks {', '.join(config.tasks)}")
     result: dict[str, dict[str, Any]] = {}
@@ -174,7 +177,32 @@ def evaluate_model(
         with writing(features_file), whole_file(features_file, "wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     means = [float(np.mean([row["mAP"] for row in rows.values()])) for rows in result.values()]
-    return {"tasks": result, "mean_mAP": float(np.mean(means)), "config": json.loads(json.dumps(asdict(config)))}
+    metrics = {"tasks": result, "mean_mAP": float(np.mean(means)), "config": json.loads(json.dumps(asdict(config)))}
+    return metrics | ({"left_out": left_out} if left_out else {})
+
+
+def measurable(indexes: list[Index], config: TrainConfig) -> tuple[list[Tested], dict[str, str]]:
+    """What these data sets can test of config.tasks, and protocol -> why this copy cannot serve it: no query or gallery
+    image or no positive. InputError where that leaves no protocol at all; no test part: ([], {})."""
+    tested, left_out = [], {}
+    for task in (TASKS[name] for name in TASKS if name in config.tasks):
+        for index in indexes:
+            protocols = [PROTOCOLS[name] for name in index.dataset.protocols.get(task.name, ())]
+            if not _has_test(task, index, protocols):
+                continue
+            fit = []
+            for protocol in protocols:
+                try:
+                    for trial in protocol.trials(index, config.quick):
+                        expected_random(trial, index, protocol)
+                    fit.append(protocol)
+                except InputError as error:
+                    left_out[protocol.name] = str(error)
+            if fit:
+                tested.append((task, index, fit))
+    if left_out and not tested:
+        raise InputError(next(iter(left_out.values())))
+    return tested, left_out
 
 
 class Evaluation:
@@ -202,10 +230,8 @@ class Evaluation:
     ):
         self.model, self.task, self.index, self.tokenizer = model, task, index, tokenizer
         self.config, self.runtime, self.threads, self.rescore = config, runtime, threads, rescore
+        self.truncate = INSTRUCT if config.released else None
         self.trials = {protocol: protocol.trials(index, config.quick) for protocol in protocols}
-        for protocol, trials in self.trials.items():  # what is wrong is found by all ranks, before the work
-            for trial in trials:
-                expected_random(trial, index, protocol)
         every = [part for trials in self.trials.values() for trial in trials for part in (trial.query, trial.gallery)]
         self.rows = np.unique(np.concatenate(every))
         self.tokens: dict[int, Tensor] = {}  # text-to-image: first row of an own block -> E_e's tokens, for re-scoring
@@ -217,6 +243,10 @@ class Evaluation:
             self.first_caption = np.cumsum([0, *map(len, own)])
             self.texts = self._sharded(len(self.captions), self._text_block)[0]
         self.baselines = self._baselines() if config.baselines and task.instruction != "query" else None
+
+    def title(self, protocol: Protocol) -> str:
+        """Its name in metrics.json."""
+        return protocol.name + ":instruct" * self.config.released
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Protocol name -> its row of metrics.json, on rank 0; all ranks call it."""
@@ -233,7 +263,7 @@ class Evaluation:
                 measured = [self._score(t, protocol, self._texts(t), self.features.of(t.gallery)) for t in trials]
             else:
                 measured = self._by_image(protocol, self.features, self.features)
-            result[protocol.name] = {
+            result[self.title(protocol)] = {
                 **mean_metrics(measured),
                 "random_mAP": expected_random(trials[0], self.index, protocol)["mAP"],
                 "untrained_mAP": None,
@@ -272,7 +302,8 @@ class Evaluation:
         return list(self.threads.map(measure, pairs))
 
     def _score(self, trial: Trial, protocol: Protocol, query: NDArray, gallery: NDArray) -> Metrics:
-        return score_trial(trial, self.index, protocol, lambda a, b: _similarity(query[a:b], gallery))
+        similar = lambda a, b: _similarity(query[a:b], gallery)  # noqa: E731
+        return score_trial(trial, self.index, protocol, similar, truncate=self.truncate)
 
     def _texts(self, trial: Trial) -> NDArray[np.float32]:
         """[Q, embed] embeddings of the query captions."""
@@ -328,7 +359,8 @@ class Evaluation:
 
     def _of_order(self, trial: Trial, order: NDArray[np.int64]) -> Metrics:
         matches = trial.group_query[:, None] == trial.group_gallery
-        return metrics_from_ranking(order, matches, identities=len(np.unique(trial.group_query)))
+        people = len(np.unique(trial.group_query))
+        return metrics_from_ranking(order, matches, identities=people, truncate=self.truncate)
 
     def _baselines(self) -> Baselines:
         index, rows = self.index, self.rows

@@ -297,7 +297,8 @@ def score_trial(
     similarity  [Q, G] float array, or (start, stop) -> [stop - start, G] rows, asked for `block` queries at a time
     truncate    None: the definitions above. INSTRUCT: the released Instruct-ReID evaluator, to compare with its
                 figures: the ranking ends at this rank, counted before junk is removed, and AP is divided by the
-                positives found up to there (0 if none), which raises mAP. mINP is that of the whole ranking.
+                positives found up to there (0 if none), which raises mAP; CMC counts images. mINP is that of the
+                whole ranking.
     Raises ValueError on a wrong shape, an integer type or NaN; InputError where no query has a positive.
     """
     members = group_members(trial, index, protocol)
@@ -324,7 +325,7 @@ def score_trial(
             ranks = ahead + np.arange(1, len(positives) + 1)
             found = ranks if truncate is None else ranks[ahead + place < truncate]
             first = found[0] if len(found) else RANKS + 1
-            if protocol.deduplicate:
+            if protocol.deduplicate and truncate is None:
                 best = positives[0]
                 ties = trial.group_gallery[:best][others[:best] == row[best]]
                 first = 1 + len(np.unique(np.append(trial.group_gallery[others > row[best]], ties)))
@@ -350,19 +351,28 @@ def metrics_from_counts(
 
 
 def metrics_from_ranking(
-    order: np.ndarray, matches: np.ndarray, junk: np.ndarray | None = None, *, identities: int = 0
+    order: np.ndarray,
+    matches: np.ndarray,
+    junk: np.ndarray | None = None,
+    *,
+    identities: int = 0,
+    truncate: int | None = None,
 ) -> Metrics:
     """Metrics of given rankings, such as a list whose head was re-scored.
 
     order          [Q, G] int64 gallery positions, best first
     matches, junk  [Q, G] bool in gallery order: relevant; left out (junk wins over match)
+    truncate       as in `score_trial`
     """
     results = []
     for query, ranking in enumerate(order):
-        kept = ranking if junk is None else ranking[~junk[query, ranking]]
-        ranks = np.flatnonzero(matches[query, kept]) + 1
+        places = np.arange(len(ranking)) if junk is None else np.flatnonzero(~junk[query, ranking])
+        hits = matches[query, ranking[places]]
+        ranks = np.flatnonzero(hits) + 1
         if len(ranks):
-            results.append((_average_precision(ranks), len(ranks) / ranks[-1], ranks[0]))
+            found = ranks if truncate is None else ranks[places[hits] < truncate]
+            first = found[0] if len(found) else RANKS + 1
+            results.append((_average_precision(found), len(ranks) / ranks[-1], first))
     return _mean(results, matches.shape[1], identities)
 
 
@@ -400,7 +410,7 @@ def expected_random(trial: Trial, index: Index, protocol: Protocol) -> dict[str,
     members = group_members(trial, index, protocol)
     positives = np.diff(members.positives()[0])
     if not positives.any():
-        raise InputError(_NO_POSITIVE)
+        raise InputError(f"{protocol.name}, {index.root}: {_NO_POSITIVE}")
     images = len(trial.gallery) - (np.diff(members.offsets) - positives)
     pairs, counts = np.unique(np.stack([images, positives])[:, positives > 0], axis=1, return_counts=True)
     harmonic = np.cumsum(1 / np.arange(1, len(trial.gallery) + 1))

@@ -75,7 +75,7 @@ class Report:
         """Add one task on one data set: the first drawn gallery, the first sentence. For the rank that holds the
         features; it asks nothing of others."""
         for protocol, trials in run.trials.items():
-            self.examples[run.task.name, protocol.name] = self._examples(run, protocol, trials[0])
+            self.examples[run.task.name, run.title(protocol)] = self._examples(run, protocol, trials[0])
 
     def write(self, file: Path, metrics: dict[str, Any], log: Path | None = None) -> None:
         """Write the page, whole or not at all. metrics: content of metrics.json; log: the run's log.jsonl, if any."""

@@ -21,7 +21,7 @@ from engine.data.index import Index, find_indexes
 from engine.data.loader import TrainLoader
 from engine.data.sampler import Sampler, Stream, make_streams
 from engine.errors import InputError, writing
-from engine.evaluation import evaluate_model
+from engine.evaluation import evaluate_model, measurable
 from engine.instructions import SENTENCES
 from engine.log import Log, quarantine
 from engine.losses import TrainingModel
@@ -58,6 +58,15 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         tokenizer = build_tokenizer(_corpus(indexes))
     for note in sampler.notes:
         say(note)
+    tested = False
+    if config.evaluate:  # what the test part lacks is told before the training, not after it
+        with runtime.together():
+            tests, left_out = measurable(indexes, config)
+        for name, why in left_out.items():
+            say(f"{name} is left out of the evaluation: {why}")
+        tested = bool(tests)
+        if not tested:
+            say("no test part: training only")
     window = config.window or len(sampler.cycle)
     model = build_model(config, streams, tokenizer)
     say(
@@ -75,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         if runtime.main:
             (output / "config.json").write_text(config.to_json())
     _steps(config, runtime, ds_engine, model, sampler, tokenizer, window, state, output)
-    if not config.evaluate:
+    if not tested:
         return None
     model = checkpoint.load_model(folder)[0].to(runtime.device)
     untrained = build_model(config, streams, tokenizer).to(runtime.device)

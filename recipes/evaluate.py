@@ -31,6 +31,12 @@ def main() -> int:
         action="store_true",
         help="also compare colours and pixels, and exchange the queries' instructions and pictures",
     )
+    add(
+        "--released",
+        action="store_true",
+        help="measure as the evaluator of the released Instruct-ReID code: a ranking ends at 500, before junk is "
+        "removed, and AP is divided by what was found (higher figures, named PROTOCOL:instruct)",
+    )
     add("--save-features", action="store_true", help="write the test features to features.npz")
     add("--attention", action="store_true", help="show in retrieval.html where the model looks in each query picture")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
@@ -56,6 +62,7 @@ def main() -> int:
         quick=args.quick,
         with_baselines=args.baselines,
         feature=args.feature,
+        released=args.released,
         runtime=start(args.device) if launched else Runtime(pick_device(args.device)),
         features_file=output / "features.npz" if args.save_features else None,
         report=report,

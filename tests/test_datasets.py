@@ -323,7 +323,7 @@ DATALISTS: dict[str, tuple[dict[str, object], list[Record]]] = {  # data set/wha
         [
             Record("a/1.jpg", 1, 0, "train", captions=("a man", "in black")),
             Record("a/2.jpg", 9, 0, "test", captions=("in black",)),
-            Record("a/3.jpg", 8, 0, "test", captions=("a woman", "a man")),
+            Record("a/3.jpg", 8, 0, "test", captions=("a woman",)),
         ],
     ),
     "synth_pedes/trains only": (
@@ -421,6 +421,7 @@ DAMAGE = [
     ("synth_pedes", {"synthpedes_dataset.json": "[" + "[" * 9999}, "dataset.json: damaged after entry 0 (a number too"),
     ("llcm", {"idx/test_id.txt": "4,two"}, "idx/test_id.txt:1: expected a whole number, got 'two'"),
     ("llcm", {"idx/test_id.txt": "\n"}, "idx/test_id.txt: empty"),
+    ("llcm", {"idx/test_id.txt": "2,4,7,9"}, "idx/test_id.txt: lists identity 7, of whom there is no image"),
     ("llcm", {"idx/test_id.txt": "8"}, "test_vis: no image of the identities in idx/test_id.txt"),
     ("llcm", {"idx/train_nir.txt": "nir/9.jpg 0"}, "idx/train_nir.txt:1: lists nir/9.jpg"),
     ("cuhk_pedes", {"reid_raw.json": None}, "reid_raw.json: no such file"),
@@ -435,7 +436,16 @@ DAMAGE = [
         {"real1/train.txt": "images/a.jpg templates/t1.jpg 1"},
         "real1/train.txt:1: expected 'image template pid",
     ),
-    ("cocas", {"real1/train.txt": "images/a.jpg t1.jpg 1 x"}, "real1/train.txt:1: expected a whole number, got 'x'"),
+    (
+        "cocas",
+        {"real1/train.txt": "images/a.jpg t1.jpg 1 x"},
+        "real1/train.txt:1: expected a whole number, got 'x'; put tabs between the fields",
+    ),
+    (
+        "cocas",
+        {"Real2/gallery.txt": "images/g.jpg 1 8 4\nimages/g.jpg 2 8 4"},
+        "gallery.txt:2: lists Real2/images/g.jpg again, as another identity or camera",
+    ),
     ("cocas", {"real1/templates/t1.jpg": None}, "real1/train.txt:1: lists real1/templates/t1.jpg"),
     ("cocas", {"real1/datalist/train_attr.txt": "images/b.jpg zz 1 1"}, "train_attr.txt:1: no sentence for 'zz'"),
     ("cocas", {"real1/datalist/train_attr.txt": "images/b.jpg k1 1 7"}, "train_attr.txt:1: no line agrees with"),
@@ -664,6 +674,15 @@ def test_cuhk_pedes_without_splits_goes_by_order(tmp_path):
     assert firsts == {"train": 0, "val": 34_054, "test": 37_132}
 
 
+def test_cuhk_pedes_takes_the_list_that_has_splits(tmp_path):
+    tree, expected = TREES["cuhk_pedes"]
+    entries = json.loads(content) if isinstance(content := tree["reid_raw.json"], str) else content
+    bare = [{key: value for key, value in entry.items() if key != "split"} for entry in entries]
+    assert (
+        parse("cuhk_pedes", write(tmp_path, {**tree, "reid_raw.json": bare, "caption_all.json": entries})) == expected
+    )
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_json_stream_at_any_chunk(indent, chunk, tmp_path, monkeypatch):
@@ -691,6 +710,14 @@ def test_cocas_from_datalists_alone(tmp_path):
         Record("Real2/images/q.jpg", 1, 3, "query", "1-9", captions=("black trousers", "a hat")),
         Record("Real2/images/g.jpg", 1, 4, "gallery", "1-8", "vis", ("black trousers",), "Real2/crops/g.jpg"),
     ]
+
+
+def test_cocas_note_beside_datalists(tmp_path):
+    """A text file that is no list does not stand for one where OmniReID's lists are there."""
+    tree = {name: text for name, text in TREES["cocas"][0].items() if name != "real1/train.txt"}
+    plain, noted = (write(tmp_path / name, tree) for name in ("plain", "noted"))
+    (noted / "real1/notes.txt").write_text("copied on Monday\n")
+    assert parse("cocas", noted) == parse("cocas", plain)
 
 
 def test_cocas_without_cameras_shares_none(tmp_path):

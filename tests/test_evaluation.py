@@ -16,7 +16,7 @@ from engine.data.index import find_indexes
 from engine.data.pipeline import PicturePipeline, plain
 from engine.data.sampler import make_streams
 from engine.errors import InputError
-from engine.evaluation import BASELINES, BATCH, Evaluation, _has_test, _one_thread_each
+from engine.evaluation import BASELINES, BATCH, Evaluation, _has_test, _one_thread_each, measurable
 from engine.model.instruction import build_tokenizer, tokenize
 from engine.protocols import PROTOCOLS
 from engine.results import print_check
@@ -253,3 +253,43 @@ def test_a_copy_with_captions_behind_the_first_image_is_tested(mini, tmp_path):
         index = find_indexes(tmp_path)[0]
         assert not index.captions(index.select("test")[0])
         assert _has_test(TASKS["t2i"], index, protocols) == expected
+
+
+def test_a_protocol_that_a_copy_cannot_serve_is_left_out(mini, tmp_path):
+    """PRCC without same-clothes queries, VC-Clothes without cameras 3 and 4: the other protocols stay."""
+    shutil.copytree(mini / "prcc", tmp_path / "prcc")
+    for image in (tmp_path / "prcc/rgb/test/B").rglob("*.jpg"):
+        image.rename(tmp_path / f"prcc/rgb/test/C/{image.parent.name}/cropped_rgb9{image.stem[-2:]}.jpg")
+    shutil.copytree(mini / "VC-Clothes", tmp_path / "VC-Clothes")
+    for image in (tmp_path / "VC-Clothes/query").iterdir():
+        if image.name.split("-")[1] in "03 04":
+            image.unlink()
+    shutil.rmtree(tmp_path / "prcc/rgb/test/B")
+    (tmp_path / "prcc/rgb/test/B").mkdir()
+    config = TrainConfig(data=str(tmp_path), quick=True)
+    tested, left_out = measurable(find_indexes(tmp_path, ("vc_clothes",)), config)
+    assert [protocol.name for protocol in tested[0][2]] == ["vc_clothes:general", "vc_clothes:sc"]
+    assert left_out == {
+        "vc_clothes:cc": f"vc_clothes:cc: no query image in {tmp_path}/VC-Clothes; is the copy complete?"
+    }
+    for image in (tmp_path / "VC-Clothes/query").iterdir():
+        image.rename(image.with_name("9" + image.name[1:]))
+    with pytest.raises(InputError, match=r"vc_clothes:general, .*VC-Clothes: no query has a positive"):
+        measurable(find_indexes(tmp_path, ("vc_clothes",)), config)
+    assert measurable(find_indexes(mini, ("synth_pedes",)), config) == ([], {})
+
+
+def test_figures_of_the_released_evaluator(untrained, mini, tmp_path):
+    """--released: other names; galleries below 500 images have the same figures, but for LLCM's CMC over images."""
+    rows = []
+    for name, more in (("ours", ()), ("theirs", ("--released",))):
+        options = ("--quick", "--dataset", "market1501,llcm", "--output", tmp_path / name, *more)
+        done = recipe("recipes/evaluate.py", "--checkpoint", untrained, "--data", mini, *options)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads((tmp_path / name / "metrics.json").read_text())["tasks"])
+    ours, theirs = rows
+    assert ours["trad"]["market1501"] == theirs["trad"]["market1501:instruct"]
+    assert set(theirs["vi"]) == {f"{name}:instruct" for name in ours["vi"]}
+    for name, row in ours["vi"].items():
+        assert row["mAP"] == theirs["vi"][f"{name}:instruct"]["mAP"]
+    assert any(row["rank5"] > theirs["vi"][f"{name}:instruct"]["rank5"] for name, row in ours["vi"].items())

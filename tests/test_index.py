@@ -92,6 +92,15 @@ def test_saved_index_is_mapped_and_the_same(tmp_path):
     assert os.listdir(file.parent) == [file.name]
 
 
+def test_a_folder_whose_name_is_not_utf8_works_without_mapping(tmp_path):
+    data = tmp_path / os.fsdecode(b"d\xff")
+    root, file = write(data / "prcc", TREES["prcc"][0]), data / ".index" / "prcc.arrow"
+    built = build_index(BY_NAME["prcc"], root)
+    built.save(file)
+    assert file.is_file()
+    assert same(find_indexes(data)[0], built)
+
+
 def test_stale_or_damaged_index_is_not_opened(tmp_path, monkeypatch):
     dataset, file = BY_NAME["prcc"], tmp_path / "prcc.arrow"
     root = write(tmp_path / "set", TREES["prcc"][0])
@@ -262,6 +271,7 @@ def test_data_folders_that_are_none(tmp_path):
         with pytest.raises(InputError, match=f"--data {tmp_path / path}: {message}"):
             find_roots(tmp_path / path)
     (tmp_path / "prcc").touch()  # a file of a data set's name is none
+    (tmp_path / "real1").touch()  # nor is a file of the name of COCAS+'s parts, which may lie in the data folder
     with pytest.raises(InputError, match="no known data set in it"):
         find_roots(tmp_path)
 

@@ -95,7 +95,7 @@ class Index:
         part = file.with_name(file.name + f".part{os.getpid()}")
         metadata = {"fingerprint": _fingerprint(self.dataset, self.root), "format": str(FORMAT)}
         table = self.table.replace_schema_metadata(metadata)
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        with part.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         os.replace(part, file)
 
@@ -106,7 +106,7 @@ class Index:
             return None
         try:
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowInvalid, OSError, UnicodeError):  # damaged; or a path that Arrow cannot open
             return None
         stored = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         if stored != {"fingerprint": _fingerprint(dataset, root), "format": str(FORMAT)}:
@@ -180,7 +180,7 @@ def find_root(dataset: DataSet, data: Path) -> Path | None:
     for folder in named:
         if found := locate(folder, lambda at: holds(at, dataset.holds)):
             return found
-    if "." in dataset.folders and holds(data, dataset.holds):
+    if "." in dataset.folders and any(name.lower() in dataset.holds for name in below):
         return data
     for folder in named if dataset.told else ():
         if found := locate(folder, has_lists):

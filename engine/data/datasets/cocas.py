@@ -42,7 +42,9 @@ def parse(root: Path) -> Iterator[Record]:
         part = files.folder("real1")
         texts = [name for name in files.names(part) if (low := name.lower()).endswith(".txt") and "readme" not in low]
         train = [name for name in texts if name.lower() == "train.txt"]
-        yield from _split(files, part, "train", train or texts, TEMPLATE)
+        if not train and not any(files.find(f"{part}/datalist/{name}") for name in DATALISTS["train"]):
+            train = texts
+        yield from _split(files, part, "train", train, TEMPLATE)
     if files.holds("real2"):
         part = files.folder("real2")
         for split, columns in ("query", TEMPLATE), ("gallery", NO_TEMPLATE):
@@ -69,12 +71,14 @@ def _split(files: Files, part: str, split: str, native: list[str], columns: str)
         texts[row.key] = tuple(dict.fromkeys(texts.get(row.key, ()) + own_texts))
     if attributes and not any(row.key in texts for row in base):
         raise InputError(f"{attributes[0].where}: no line agrees with {base[0].where} in image, pid and clothes")
-    records = []
+    records, people = [], dict[str, tuple[int, int]]()
     for row in base:
         path, pid, clothes = row.key
         shown = _picture(files, part, row) if row.instruction and (own or pictures) else picture.get(row.key, "")
         camera = UNKNOWN_CAMERA[split] if row.camera is None else row.camera
         outfit = f"{pid}-{clothes}" if clothes >= 0 else ""
+        if people.setdefault(path, (pid, camera)) != (pid, camera):  # other clothes may be asked for with one image
+            raise InputError(f"{row.where}: lists {path} again, as another identity or camera; mend the list")
         records.append(Record(path, pid, camera, split, outfit, "vis", texts.get(row.key, ()), shown))
     return sorted(set(records))
 

@@ -25,15 +25,18 @@ IMAGES = {"train": 34_054, "val": 3_078, "test": 3_074}
 
 def parse(root: Path) -> Iterator[Record]:
     files, rows = Files(root), []
-    file = files.path(next((name for name in LISTS if files.find(name)), LISTS[0]))
-    entries = read_json(file)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{file}: expected a list of {{file_path, captions, id, split}}")
-    if not all("split" in entry for entry in entries):
+    for name in [name for name in LISTS if files.find(name)] or LISTS[:1]:
+        file = files.path(name)
+        entries = read_json(file)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{file}: expected a list of {{file_path, captions, id, split}}")
+        if divided := all("split" in entry for entry in entries):
+            break
+    if not divided:
         if len(entries) != sum(IMAGES.values()):
             raise InputError(
                 f"{file}: no 'split', and {len(entries):,} entries instead of the {sum(IMAGES.values()):,} whose order "
-                f"gives it; put {LISTS[0]} in its place"
+                f"gives it; put a {LISTS[0]} with 'split' beside it"
             )
         order = [split for split, count in IMAGES.items() for _ in range(count)]
         entries = [{**entry, "split": split} for entry, split in zip(entries, order, strict=True)]

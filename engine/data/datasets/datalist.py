@@ -83,8 +83,11 @@ def rows(files: Files, path: str, part: str = "", columns: str = COLUMNS, skip_j
         image, instruction = values[0], values.pop(1) if instructed else ""
         if skip_junk and values[1] == "-1":
             continue
-        pid = whole(where, values[1])
-        clothes, *camera = (None if value == "-1" else whole(where, value) for value in values[2:])
+        try:
+            pid = whole(where, values[1])
+            clothes, *camera = (None if value == "-1" else whole(where, value) for value in values[2:])
+        except InputError as error:
+            raise error if "\t" in line else InputError(f"{error}; put tabs between the fields") from None
         image = files.listed(where, posixpath.join(part, image), image, posixpath.join(part, "images", image))
         key = (image, pid, -1 if clothes is None else clothes)
         found.append(Row(where, key, camera[0] if camera else None, instruction))
@@ -127,7 +130,8 @@ def _parse(dataset: DataSet, told: re.Pattern[str], root: Path) -> list[Record]:
     for (split, row), camera, modality in zip(found, cameras, modalities, strict=True):
         path, pid, clothes = row.key
         outfit = f"{pid}-{clothes}" if "cc" in dataset.trains and clothes >= 0 else ""
-        texts = caption(files, folder, known, row) if "t2i" in dataset.trains else ()
+        asks = "t2i" in dataset.trains and split != "gallery"  # there images are searched for by the queries' sentences
+        texts = caption(files, folder, known, row) if asks else ()
         picture = files.listed(row.where, row.instruction) if pictured and split == "train" else ""
         # Where the protocols divide the test images themselves, both lists make one split.
         split = "test" if split != "train" and "test" in dataset.images else split

@@ -35,7 +35,8 @@ def parse(root: Path) -> Iterator[Record]:
                 raise InputError(f"{where}: expected a name like 0001_c01_s001000_f0000_{modality}.jpg, got {listed!r}")
             records.append((where, Record(path, label, int(name[1]), "train", modality=modality)))
         yield from once(records)
-    people = _test_people(files.path("idx/test_id.txt"))
+    listed_people = files.path("idx/test_id.txt")
+    people, seen = _test_people(listed_people), set[int]()
     for modality in MODALITIES:
         images = [
             Record(path, pid, int(number[1]), "test", modality=modality)
@@ -46,6 +47,9 @@ def parse(root: Path) -> Iterator[Record]:
         if not images:
             raise InputError(f"{root}/test_{modality}: no image of the identities in idx/test_id.txt; {UNPACK}")
         yield from images
+        seen |= {image.pid for image in images}
+    if missing := sorted(set(people) - seen):
+        raise InputError(f"{listed_people}: lists identity {missing[0]}, of whom there is no image; {UNPACK}")
 
 
 def _test_people(file: Path) -> list[int]:
