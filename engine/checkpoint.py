@@ -120,8 +120,8 @@ def _whole_weights(ds_engine, model: IRM) -> dict[str, torch.Tensor]:
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run's `checkpoints` folder, or None. `latest` may point to one that is gone."""
     pointer = folder / "latest"
-    named = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else folder
-    if (named / "state.json").is_file():
+    named = folder / pointer.read_text(errors="replace").strip() if os.path.isfile(pointer) else folder
+    if os.path.isfile(named / "state.json"):
         return named
     whole = [path.parent for path in sorted(folder.glob("step-*/state.json"))]
     return whole[-1] if whole else None
@@ -130,12 +130,12 @@ def latest(folder: Path) -> Path | None:
 def find(path: Path) -> Path:
     """A checkpoint folder given as itself, as a run's output or as its `checkpoints`. InputError when there is none."""
     for folder in (path, path / "checkpoints"):
-        if (folder / "model.safetensors").is_file():
+        if os.path.isfile(folder / "model.safetensors"):
             return folder
-        newest = latest(folder) if folder.is_dir() else None
+        newest = latest(folder) if os.path.isdir(folder) else None
         if newest is not None:
             return newest
-    why = "no checkpoint there" if path.is_dir() else "no such folder"
+    why = "no checkpoint there" if os.path.isdir(path) else "no such folder, or no right to look there"
     raise InputError(f"--checkpoint {path}: {why}; name a run's --output, or a folder with model.safetensors")
 
 
@@ -148,7 +148,11 @@ def load_model(path: Path) -> tuple[IRM, TrainConfig, State, Tokenizer]:
             f"{folder}/tokenizer.json: {tokenizer.get_vocab_size()} tokens, but the model has {state.vocabulary}; "
             "put back the file that belongs to this checkpoint"
         )
-    model = IRM(config.model, state.vocabulary, state.heads)
+    try:
+        model = IRM(config.model, state.vocabulary, state.heads)
+    except (RuntimeError, KeyError, ValueError) as error:  # sizes below 0 or beyond memory, names that are none
+        what = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}/state.json: no model has these heads ({what}); use another checkpoint") from error
     file = folder / "model.safetensors"
     try:
         weights = load_file(file)
@@ -213,7 +217,16 @@ def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer
         ]
         if differ:
             what, before, now = differ[0]
-            raise InputError(f"--resume: {checkpoint} has {what} {before}, this run has {now}")
+            if what == "model":
+                what, before, now = next(
+                    (field, getattr(before, field), getattr(now, field))
+                    for field in before.__dataclass_fields__
+                    if getattr(before, field) != getattr(now, field)
+                )
+            raise InputError(
+                f"--resume: {checkpoint} has {what} {before}, this run has {now}; give the same options and ranks, or "
+                "another --output"
+            )
         if old_tokenizer.to_str() != tokenizer.to_str():
             raise InputError(f"--resume: {checkpoint} was trained with another vocabulary; is --data the same?")
     with runtime.together():

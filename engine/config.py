@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        least = {"width": 1, "depth": 1, "embed": 1, "picture_depth": 1, "text_depth": 1, "instruction_width": 1}
+        for what, bound in {**least, "fusion_depth": 1, "text_tokens": 3, "part_tokens": 0}.items():
+            if getattr(self, what) < bound:
+                raise InputError(f"{what} {getattr(self, what)}: expected at least {bound}")
+        if self.text_tokens > 512:  # BERT's positions
+            raise InputError(f"text_tokens {self.text_tokens}: expected at most 512")
+        if not (0 <= self.drop_path < 1 and math.isfinite(self.gate)):
+            raise InputError(
+                f"drop_path {self.drop_path}, gate {self.gate}: expected 0 <= drop_path < 1, a finite gate"
+            )
         object.__setattr__(self, "image_size", tuple(self.image_size))
         object.__setattr__(self, "clothes_size", tuple(self.clothes_size))
         if self.patch < 1 or (self.stem == "conv" and self.patch & (self.patch - 1)):
@@ -167,6 +178,8 @@ class TrainConfig:
         _check_types(self)
         if isinstance(self.model, dict):
             object.__setattr__(self, "model", ModelConfig(**_known(ModelConfig, self.model)))
+        if not isinstance(self.model, ModelConfig):
+            raise InputError(f"model {self.model!r:.80}: expected a JSON object")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "leaders", tuple(self.leaders))
         if self.datasets is not None:
@@ -216,11 +229,13 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     if name in MODELS:
         return replace(MODELS[name], **changes)
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"--config {name}: expected {', '.join(MODELS)} or a JSON file of model fields")
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except OSError as error:
+        raise InputError(f"--config {name}: {error.strerror}; mend its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config {name}: not JSON ({error})") from error
     try:
         return ModelConfig(**{"name": path.stem, **_known(ModelConfig, values), **changes})

@@ -27,7 +27,7 @@ from engine import baselines, checkpoint
 from engine.config import TrainConfig
 from engine.data.index import Box, Index, find_indexes
 from engine.data.pipeline import DecodeError, PicturePipeline, Pictures, plain
-from engine.errors import InputError, writing
+from engine.errors import InputError
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction, tokenize
 from engine.model.irm import IRM
@@ -93,7 +93,7 @@ def evaluate(
     released: bool = False,
     device: torch.device | str = "cpu",
     runtime: Runtime | None = None,
-    features_file: Path | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
     report: Report | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a stored model on every protocol of every data set found below `data`; content of metrics.json.
@@ -122,7 +122,7 @@ def evaluate(
         config,
         untrained=untrained.to(runtime.device),
         runtime=runtime,
-        features_file=features_file,
+        arrays=arrays,
         report=report,
     )
     return metrics and metrics | {"checkpoint": str(checkpoint.find(Path(checkpoint_path)))}
@@ -136,7 +136,7 @@ def evaluate_model(
     *,
     untrained: IRM | None,
     runtime: Runtime,
-    features_file: Path | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
     report: Report | None = None,
 ) -> dict[str, Any] | None:
     """Every protocol of these data sets for config.tasks. All ranks call it; rank 0 gets the metrics, the others None.
@@ -145,13 +145,12 @@ def evaluate_model(
     config.quick), text-to-image by cosine alone. With config.baselines every protocol has `histogram_mAP` and
     `pixel_mAP` as well, and where the instruction is the query's own `shuffled_instruction_mAP` and
     `shuffled_picture_mAP`; null where a protocol has no such thing (text has no colours to compare).
-    InputError, on all ranks alike, names a damaged test image.
+    arrays: gets what features.npz holds. InputError, on all ranks alike, names a damaged test image.
     """
     tested, left_out = measurable(indexes, config)
     if not tested:
         raise InputError(f"--data {config.data}: nothing to evaluate for tasks {', '.join(config.tasks)}")
     result: dict[str, dict[str, Any]] = {}
-    arrays: dict[str, np.ndarray] = {}
     progress = Progress("evaluation", len(tested), unit="data set") if runtime.main else None
     with _one_thread_each(runtime.device) as threads:
         for number, (task, index, protocols) in enumerate(tested):
@@ -166,19 +165,22 @@ def evaluate_model(
                 before = Evaluation(untrained.eval(), *given, quick, runtime, threads, rescore=False)
                 for name, row in before.metrics().items():
                     rows[name]["untrained_mAP"] = row["mAP"]
-            if features_file is not None and runtime.main:
+            if arrays is not None and runtime.main:
                 arrays |= run.arrays()
             if progress:
                 progress.update(number + 1, f"{task.name}/{index.name}")
     if not progress:
         return None
     progress.close()
-    if features_file is not None:
-        with writing(features_file), whole_file(features_file, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     means = [float(np.mean([row["mAP"] for row in rows.values()])) for rows in result.values()]
     metrics = {"tasks": result, "mean_mAP": float(np.mean(means)), "config": json.loads(json.dumps(asdict(config)))}
     return metrics | ({"left_out": left_out} if left_out else {})
+
+
+def write_features(arrays: dict[str, np.ndarray], file: Path) -> None:
+    """features.npz, whole or not at all."""
+    with whole_file(file, "wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
 def measurable(indexes: list[Index], config: TrainConfig) -> tuple[list[Tested], dict[str, str]]:
@@ -236,13 +238,20 @@ class Evaluation:
         self.rows = np.unique(np.concatenate(every))
         self.tokens: dict[int, Tensor] = {}  # text-to-image: first row of an own block -> E_e's tokens, for re-scoring
         self.features = TestFeatures(self.rows, self._image_features(self.rows, self.rows))
+        self._refuse_broken(self.features.features)
         self.captions: list[str] = []
         if task.instruction == "query":
             own = [index.captions(row) for row in self.rows]
             self.captions = [caption for captions in own for caption in captions]
             self.first_caption = np.cumsum([0, *map(len, own)])
             self.texts = self._sharded(len(self.captions), self._text_block)[0]
+            self._refuse_broken(self.texts)
         self.baselines = self._baselines() if config.baselines and task.instruction != "query" else None
+
+    def _refuse_broken(self, features: NDArray[np.float32]) -> None:
+        if not np.isfinite(features).all():
+            where = f"{self.task.name}/{self.index.name}"
+            raise InputError(f"the model's features of {where} are not finite; take an older checkpoint, a lower --lr")
 
     def title(self, protocol: Protocol) -> str:
         """Its name in metrics.json."""

@@ -87,11 +87,12 @@ def _forget_after(file: Path, step: int) -> None:
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """The row of a line; {} for a line cut by a kill."""
+    """The row of a line; {} for a line that is none, or cut by a kill."""
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _json(value: Any) -> Any:

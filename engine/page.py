@@ -167,19 +167,21 @@ def _img(image: Image.Image, text: str, caption: str = "") -> Markup:
 
 
 def _training(log: Path | None) -> Section:
-    """The curves of log.jsonl; a line that a kill has cut is passed over."""
+    """The curves of log.jsonl without numbers that are not finite (null there); a line that a kill has cut, or that is
+    no step's, is passed over."""
     groups: list[dict[str, list[tuple[int, float]]]] = [{}, {}, {}]
-    for line in log.read_text().splitlines() if log and log.is_file() else ():
+    for line in log.read_text(errors="replace").splitlines() if log and log.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+            whole = {"loss": row["loss"], "learning rate": row["lr"], "images/s": row["images_per_s"]}
+            parts = (whole, dict(row["terms"]), dict(zip(row["streams"], row["stream_loss"], strict=True)))
+            step = int(row["step"])
+        except (ValueError, TypeError, KeyError):
             continue
-        whole = {"loss": row["loss"], "learning rate": row["lr"], "images/s": row["images_per_s"]}
-        streams = dict(zip(row["streams"], row["stream_loss"], strict=True))
-        for group, values in zip(groups, (whole, row["terms"], streams), strict=True):
+        for group, values in zip(groups, parts, strict=True):
             for name, value in values.items():
-                if math.isfinite(value):
-                    group.setdefault(name, []).append((row["step"], value))
+                if isinstance(value, int | float) and math.isfinite(value):
+                    group.setdefault(name, []).append((step, value))
     content = []
     for title, group in zip(("", "Terms of the loss", "Loss of each stream"), groups, strict=True):
         if group:

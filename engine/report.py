@@ -6,7 +6,6 @@ of the metrics and of the run's log (engine/page.py).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ from engine.data.pipeline import PicturePipeline, plain
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction, tokenize
 from engine.protocols import Protocol, Trial, group_members
+from engine.results import whole_file
 
 if TYPE_CHECKING:
     from engine.evaluation import Evaluation
@@ -79,9 +79,8 @@ class Report:
 
     def write(self, file: Path, metrics: dict[str, Any], log: Path | None = None) -> None:
         """Write the page, whole or not at all. metrics: content of metrics.json; log: the run's log.jsonl, if any."""
-        part = file.with_name(file.name + ".part")
-        part.write_text(page.render(metrics, self.examples, log), encoding="utf-8", errors="backslashreplace")
-        os.replace(part, file)
+        with whole_file(file, "wb") as stream:
+            stream.write(page.render(metrics, self.examples, log).encode("utf-8", "backslashreplace"))
 
     def _examples(self, run: Evaluation, protocol: Protocol, trial: Trial) -> list[Example]:
         members = group_members(trial, run.index, protocol)

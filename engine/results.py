@@ -29,6 +29,11 @@ GAIN = {"trad": 0.2, "cc": 0.1, "ctcc": 0.2, "vi": 0.1, "t2i": 0.2, "li": 0.2}
 LOSS = 0.25
 
 
+def is_real(data: str | Path) -> bool:
+    """Whether the folder is not the drawn data: only then do the paper's figures stand beside ours."""
+    return not os.path.exists(Path(data) / "mini.json")
+
+
 def format_table(metrics: dict[str, Any], *, paper: bool = False) -> str:
     """Plain-text table of metrics.json: percentages; paper: add the paper's mAP (for results on the real data sets)."""
     head = f"{'task':5} {'protocol':22} {'mAP':>6} {'±':>5} {'R1':>6} {'R5':>6} {'mINP':>6} {'random':>7}"
@@ -52,9 +57,13 @@ def format_table(metrics: dict[str, Any], *, paper: bool = False) -> str:
 def whole_file(file: Path, mode: str = "w") -> Iterator[IO]:
     """Open `file` aside and give it its name when written: nobody ever reads half of it."""
     part = file.with_name(file.name + ".part")
-    with part.open(mode) as stream:
-        yield stream
-    os.replace(part, file)
+    try:
+        with part.open(mode) as stream:
+            yield stream
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)  # on a full disk it is in the way of what comes after
+        raise
 
 
 def write_metrics(metrics: dict[str, Any], file: Path) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -21,14 +23,14 @@ from engine.data.index import Index, find_indexes
 from engine.data.loader import TrainLoader
 from engine.data.sampler import Sampler, Stream, make_streams
 from engine.errors import InputError, writing
-from engine.evaluation import evaluate_model, measurable
+from engine.evaluation import evaluate_model, measurable, write_features
 from engine.instructions import SENTENCES
 from engine.log import Log, quarantine
 from engine.losses import TrainingModel
 from engine.model.instruction import build_tokenizer
 from engine.model.irm import IRM
 from engine.report import Report
-from engine.results import write_metrics
+from engine.results import format_table, is_real, write_metrics
 from engine.runtime import Runtime, Termination, seed_everything, start
 from engine.schedule import learning_rate, parameter_groups
 
@@ -88,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         return None
     model = checkpoint.load_model(folder)[0].to(runtime.device)
     untrained = build_model(config, streams, tokenizer).to(runtime.device)
-    features_file = output / "features.npz" if config.save_features else None
+    arrays: dict[str, np.ndarray] = {}
     report = Report()
     metrics = evaluate_model(
         model,
@@ -97,14 +99,17 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         config,
         untrained=untrained,
         runtime=runtime,
-        features_file=features_file,
+        arrays=arrays if config.save_features else None,
         report=report,
     )
     if metrics is not None:
         metrics["checkpoint"] = str(checkpoint.latest(folder))
-        with writing(output):
+        say(format_table(metrics, paper=is_real(config.data)))
+        with writing(output):  # what matters most first: a disk may be full
             write_metrics(metrics, output / "metrics.json")
             report.write(output / "retrieval.html", metrics, output / "log.jsonl")
+            if config.save_features:
+                write_features(arrays, output / "features.npz")
     return metrics
 
 
@@ -143,6 +148,7 @@ def _steps(
         rate = learning_rate(step, config)
         sums: dict[str, list[float]] = {}
         names, norm = [], 0.0
+        buffers = [buffer.clone() for buffer in model.buffers()]
         for _ in range(window):
             asked = time.monotonic()
             with runtime.together():
@@ -150,7 +156,8 @@ def _steps(
                 log.sample(step, sample)
             waited += time.monotonic() - asked
             images += len(batch.images) * runtime.world
-            torch.manual_seed(hash((config.seed, loader.micro_step, runtime.rank)))  # drop path: a function of the step
+            model.edit.chance.manual_seed(hash((config.seed, loader.micro_step)))  # drop path
+            torch.manual_seed(hash((config.seed, loader.micro_step, runtime.rank)))  # wrong pairs of the matching loss
             loss, terms = ds_engine(batch)
             values = runtime.mean(torch.stack([loss.detach(), *terms.values()]).float()).tolist()
             for name, value in zip(("loss", *terms), values, strict=True):
@@ -160,6 +167,9 @@ def _steps(
             ds_engine.backward(loss if math.isfinite(values[0]) else loss * math.nan)
             norm = _step(ds_engine, rate, config.clip)
         step += 1
+        if not math.isfinite(norm):  # the statistics of a skipped step's batches go with it
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         skipped, in_a_row = (skipped, 0) if math.isfinite(norm) else (skipped + 1, in_a_row + 1)
         seconds = time.monotonic() - began
         row = {
@@ -223,7 +233,7 @@ def _step(ds_engine: Any, rate: float, clip: float) -> float:
 def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
     """Make the output folder; a folder that already holds a run is refused unless --resume."""
     with runtime.together():  # every rank has looked before rank 0 writes
-        used = (output / "log.jsonl").exists() or (output / "checkpoints").exists()
+        used = os.path.exists(output / "log.jsonl") or os.path.exists(output / "checkpoints")
         if used and not config.resume:
             raise InputError(f"--output {output}: holds a run already; choose another folder or add --resume")
         if config.resume and checkpoint.latest(output / "checkpoints") is None:
@@ -262,10 +272,10 @@ def _deepspeed(
     }
     try:
         deepspeed.DeepSpeedConfig(settings)
-    except (ValueError, TypeError, KeyError, AssertionError, AttributeError) as error:
-        what = " ".join(str(error).split())
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+    except Exception as error:  # of many kinds, assertions and bare ones among them
+        what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--deepspeed_config: DeepSpeed refuses the settings ({what[:300]})") from error
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
 
 
 def _heads(streams: tuple[Stream, ...]) -> dict[str, int]:

@@ -23,6 +23,8 @@ from recipes import options
 def mini(args: argparse.Namespace) -> None:
     from engine.data.mini import contact_sheet, write_mini
 
+    if args.sheet and args.sheet.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise InputError(f"--sheet {args.sheet}: expected a name that ends in .jpg or .png")
     given = {name: getattr(args, name) for name in ("seed", "train_ids", "test_ids", "images_per_id")}
     started = time.perf_counter()
     progress = _Progress()
@@ -47,7 +49,11 @@ def index(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         file = stored_index(args.data, dataset)
         built = build_index(dataset, root)
-        built.save(file)
+        try:
+            built.save(file)
+        except OSError as error:
+            why = f"cannot be written ({error.strerror or error}); free space, or get the right to write there"
+            raise InputError(f"{file}: {why}") from error
         print(f"{dataset.name}: {len(built):,} rows in {time.perf_counter() - started:.1f} s -> {file}", flush=True)
 
 

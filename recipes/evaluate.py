@@ -8,11 +8,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: the checkout's root, not recipes/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.errors import writing
+from engine.errors import InputError, writing
 from recipes import options
 
 
@@ -44,14 +45,17 @@ def main() -> int:
     args = parser.parse_args()
     options.mini_data(args.data)
 
-    from engine.evaluation import evaluate
+    from engine.evaluation import evaluate, write_features
     from engine.report import Report
-    from engine.results import format_table, write_metrics
+    from engine.results import format_table, is_real, write_metrics
     from engine.runtime import Runtime, pick_device, start
 
     output = Path(args.output or options.default_output("evaluate"))
+    if os.path.exists(output / "metrics.json"):
+        raise InputError(f"--output {output}: holds results already; choose another folder")
     with writing(f"--output {output}"):
         output.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {}
     report = Report(attention=args.attention)
     launched = "RANK" in os.environ  # by deepspeed; plain python needs no process group
     metrics = evaluate(
@@ -64,15 +68,17 @@ def main() -> int:
         feature=args.feature,
         released=args.released,
         runtime=start(args.device) if launched else Runtime(pick_device(args.device)),
-        features_file=output / "features.npz" if args.save_features else None,
+        arrays=arrays if args.save_features else None,
         report=report,
     )
     if metrics is not None:
         run = Path(metrics["checkpoint"]).resolve().parent.parent  # RUN/checkpoints/step-N
-        with writing(output):
+        print(format_table(metrics, paper=is_real(args.data or options.MINI)))
+        with writing(output):  # what matters most first: a disk may be full
             write_metrics(metrics, output / "metrics.json")
             report.write(output / "retrieval.html", metrics, run / "log.jsonl")
-        print(format_table(metrics, paper=options.is_real(args.data or options.MINI)))
+            if args.save_features:
+                write_features(arrays, output / "features.npz")
         print(f"written to {output}")
     return 0
 

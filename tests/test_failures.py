@@ -115,7 +115,7 @@ def test_zero_3_counts_each_gradient_once(mini, tmp_path):
     parts = [load_file(checkpoint.find(tmp_path / stage) / "model.safetensors") for stage in "03"]
     for name, value in parts[0].items():
         if "running" not in name and not name.endswith("bias"):
-            assert (parts[1][name] - value).abs().max() < 1e-5, name
+            assert (parts[1][name] - value).abs().max() < 1e-4, name  # a tenth of one step of Adam
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=slow)])
@@ -160,6 +160,49 @@ def test_results_that_cannot_be_written(mini, small, tmp_path):
     )  # fmt: skip
     assert f"{tmp_path}: cannot write there (No space left on device)" in one_line(done)
     assert not (tmp_path / "metrics.json").exists()
+    assert "mean mAP over tasks" in done.stdout  # what was measured is not lost
+
+
+def test_results_are_not_written_over(mini, small):
+    (small / "metrics.json").write_text("{}")
+    done = recipe("recipes/evaluate.py", "--checkpoint", small, "--data", mini, "--output", small)
+    assert f"--output {small}: holds results already" in one_line(done)
+    (small / "metrics.json").unlink()
+
+
+def test_a_damaged_stamp_of_the_mini_data(tmp_path):
+    from engine.data.mini import write_mini
+
+    (tmp_path / "mini.json").write_text('{"format"')
+    with pytest.raises(InputError, match=r"mini\.json: damaged; remove .* to draw it again"):
+        write_mini(tmp_path)
+
+
+def test_weights_that_are_not_finite(mini, small, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint.find(small), tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights["edit.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "broken/model.safetensors")
+    options = ("--dataset", "market1501", "--tasks", "trad", "--quick", "--output", tmp_path / "out")
+    said = one_line(recipe("recipes/evaluate.py", "--checkpoint", tmp_path / "broken", "--data", mini, *options))
+    assert "the model's features of trad/market1501 are not finite" in said
+
+
+def test_an_index_that_cannot_be_stored_leaves_no_part(mini, tmp_path, monkeypatch, capsys):
+    import os
+
+    from recipes import data
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    shutil.copytree(mini / "prcc", tmp_path / "prcc")
+    monkeypatch.setattr(os, "replace", full)
+    assert data.main(["index", "--data", str(tmp_path)]) == 2
+    assert "prcc.arrow: cannot be written (No space left on device); free space" in capsys.readouterr().err
+    assert list((tmp_path / ".index").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -167,6 +210,8 @@ def test_results_that_cannot_be_written(mini, small, tmp_path):
     [
         ("mini", "--output", "/proc/mini"),
         ("mini", "--output", "TMP/mini", "--train-ids", "1"),
+        ("mini", "--output", "TMP/mini", "--seed", "-1"),
+        ("mini", "--output", "TMP/mini", "--sheet", "sheet.xyz"),
         ("index", "--data", "TMP"),
         ("index", "--data", "TMP/none"),
         ("index", "--date", "TMP"),
@@ -312,7 +357,7 @@ def test_latest_that_points_to_nothing(copy, content):
 @pytest.mark.parametrize(
     ("config", "state", "tokenizer", "message"),
     [
-        ({"model": replace(SMALL, depth=2)}, {}, None, "has model"),
+        ({"model": replace(SMALL, depth=2)}, {}, None, "has depth 1, this run has 2; give the same options"),
         ({"seed": 1}, {}, None, "has seed 0, this run has 1"),
         ({}, {"streams": ["trad/msmt17"]}, None, "has streams"),
         ({}, {"world": 2}, None, "has world 1, this run has 2"),

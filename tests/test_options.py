@@ -23,7 +23,7 @@ def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
     assert config("--steps", "10").warmup == 2
     assert config("--steps", "10", "--warmup", "7").warmup == 7
     assert config("--image-size", "384x192", "--config", "irm_base").model.image_size == (384, 192)
-    assert (config().shares["vi"], config().leaders, config().ahead) == (9, ("trad",), 25)
+    assert (config().shares["vi"], config().leaders, config().ahead) == (12, ("trad",), 25)
     assert config("--shares", "vi=3,li=2", "--ahead", "0").shares == {"vi": 3, "li": 2}
     assert (real.shares, real.ahead) == ({}, 0)
 
@@ -71,6 +71,13 @@ def test_deepspeed_settings(tmp_path, content, message):
         ({"patch": 12, "stem": "conv"}, "patch 12"),
         ({"depht": 3}, "unknown fields depht"),
         ({"width": "wide"}, "expected int"),
+        ({"width": 0}, "width 0: expected at least 1"),
+        ({"depth": -1}, "depth -1: expected at least 1"),
+        ({"part_tokens": -1}, "part_tokens -1"),
+        ({"text_tokens": 600}, "text_tokens 600"),
+        ({"drop_path": float("nan")}, "drop_path nan"),
+        ({"width": 18, "heads": 3}, "width 18: expected a multiple of 4"),
+        ({"shared_stem": True, "width": 64, "heads": 4}, "shared_stem: expected width 64 = instruction_width 768"),
         ([], "expected a JSON object"),
     ],
 )
@@ -102,6 +109,8 @@ def test_rates_are_finite(value):
         ({"model": {"image_size": 5}}, "wrong type"),
         ({"model": {"image_size": ["a", "b"]}}, "image_size"),
         ({"mining": "some"}, "--mining 'some'"),
+        ({"model": None}, "model None: expected a JSON object"),
+        ({"model": []}, "expected a JSON object"),
     ],
 )
 def test_run_configurations_edited_by_hand(values, message):
@@ -126,6 +135,8 @@ def test_run_configurations_edited_by_hand(values, message):
         (("--tasks", "trad,,cc"), "--tasks"),
         (("--deepspeed_config", "/nowhere.json"), "/nowhere.json: No such file"),
         (("--config", "/nowhere.json"), "--config /nowhere.json"),
+        (("--config", "x" * 300), "--config xxx"),
+        (("--check", "--no-eval"), "--check --no-eval: what is checked has to be evaluated"),
     ],
 )
 def test_options_that_make_no_sense(arguments, message):

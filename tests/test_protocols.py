@@ -458,18 +458,18 @@ def test_agrees_with_files_and_loops_on_the_drawn_data(name, mini, drawn):
     assert mean["mAP_std"] == pytest.approx(spread, abs=1e-9)
 
 
-def test_sentences_are_evaluated_one_by_one(drawn, tmp_path):
+def test_sentences_are_evaluated_one_by_one(drawn):
     """Mean and spread over the task's 20 sentences; query and gallery are told the same one."""
     config = TrainConfig(feature="cls", tasks=("trad",))
     tokenizer = build_tokenizer(SENTENCES["trad"])
     torch.manual_seed(0)
     model = IRM(config.model, tokenizer.get_vocab_size(), {})
     torch.nn.init.normal_(model.edit.gates, std=3.0)  # a closed gate would make the sentences equal
-    index, file = drawn["market1501"], tmp_path / "features.npz"
+    index, stored = drawn["market1501"], {}
     metrics = evaluate_model(
-        model, [index], tokenizer, config, untrained=None, runtime=Runtime(torch.device("cpu")), features_file=file
+        model, [index], tokenizer, config, untrained=None, runtime=Runtime(torch.device("cpu")), arrays=stored
     )
-    row, stored = metrics["tasks"]["trad"]["market1501"], np.load(file)
+    row = metrics["tasks"]["trad"]["market1501"]
     facts = [
         dict(zip(("pid", "camera", "clothes"), fact, strict=True))
         for fact in zip(*(stored[f"trad/market1501/{name}"] for name in ("pid", "camera", "clothes")), strict=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.config import MODELS, TrainConfig
 from engine.data.index import WHOLE, Index, find_indexes
-from engine.evaluation import evaluate_model
+from engine.evaluation import evaluate_model, write_features
 from engine.instructions import SENTENCES
 from engine.model.editing import EditingTransformer
 from engine.model.instruction import build_tokenizer
@@ -74,7 +74,7 @@ def written(mini, tmp_path_factory):
     tokenizer = build_tokenizer([*(words for family in SENTENCES.values() for words in family), *captions])
     torch.manual_seed(0)
     model = IRM(MODELS["irm_tiny"], tokenizer.get_vocab_size(), {})
-    report, config = Report(attention=True), TrainConfig(data=str(mini), quick=True)
+    report, config, arrays = Report(attention=True), TrainConfig(data=str(mini), quick=True), {}
     metrics = evaluate_model(
         model,
         indexes,
@@ -82,10 +82,11 @@ def written(mini, tmp_path_factory):
         config,
         untrained=None,
         runtime=Runtime(torch.device("cpu")),
-        features_file=folder / "features.npz",
+        arrays=arrays,
         report=report,
     )
     report.write(folder / "retrieval.html", metrics)
+    write_features(arrays, folder / "features.npz")
     return folder, metrics, {index.name: index for index in indexes}
 
 
@@ -245,7 +246,7 @@ def hostile(tmp_path) -> Path:
         HOSTILE: 0.125,
     }
     steps = [{"step": step, "loss": 9 - step / 500, "lr": 1e-4, "images_per_s": 80.0} for step in range(1, 2001)]
-    steps[7]["loss"] = float("nan")
+    steps[7]["loss"] = None  # as engine.log writes what is not finite
     lines = [json.dumps(step | {"streams": [HOSTILE], "stream_loss": [1.0], "terms": {HOSTILE: 2.0}}) for step in steps]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0][:40]]))  # the last line cut by a kill
     report = Report()

@@ -95,9 +95,13 @@ class Index:
         part = file.with_name(file.name + f".part{os.getpid()}")
         metadata = {"fingerprint": _fingerprint(self.dataset, self.root), "format": str(FORMAT)}
         table = self.table.replace_schema_metadata(metadata)
-        with part.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        os.replace(part, file)
+        try:
+            with part.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+            os.replace(part, file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def open(cls, dataset: DataSet, root: Path, file: Path) -> Index | None:

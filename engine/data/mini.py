@@ -617,6 +617,8 @@ def write_mini(
     ):
         if value < least:
             raise InputError(f"mini: {name} must be at least {least}, got {value}")
+    if seed < 0:
+        raise InputError(f"mini: seed must be at least 0, got {seed}")
     options = Options(seed, train_ids, test_ids, images_per_id)
     stamp = {"format": FORMAT, **options._asdict(), "datasets": names}
     output = Path(os.path.abspath(output))
@@ -639,7 +641,10 @@ def _finished(output: Path, stamp: Mapping[str, object]) -> bool:
     file = output / "mini.json"
     if not file.is_file():
         raise InputError(f"{output}: exists and is no mini data; name another folder")
-    found = json.loads(file.read_text())
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(f"{file}: damaged; remove {output} to draw it again") from None
     if found != stamp:
         differ = ", ".join(
             f"{key} {found.get(key)} (asked: {value})" for key, value in stamp.items() if found.get(key) != value

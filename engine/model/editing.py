@@ -7,7 +7,8 @@ that ViT's. Shapes: B images, N tokens (class tokens first), M instruction token
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed
+import torch.distributed as dist
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 import kernels
@@ -28,17 +29,33 @@ class Attention(nn.Module):
         return self.proj(kernels.gated_attention_packed(qkv, kv_ins, gate, ins_lengths=lengths).reshape(B, N, C))
 
 
+class DropPath(nn.Module):
+    """Leaves a residual branch out for a sample with probability `rate` in training (Huang et al. 2016). Drawn for the
+    batch of all ranks by a generator that all ranks seed alike, so the number of ranks changes nothing."""
+
+    def __init__(self, rate: float, generator: torch.Generator):
+        super().__init__()
+        self.rate, self.generator = rate, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        drawn = torch.rand(world, len(x), generator=self.generator)[rank]
+        return x * ((drawn >= self.rate) / (1 - self.rate)).to(x)[:, None, None]
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, drop_path: float):
+    def __init__(self, width: int, heads: int, drop_path: float, generator: torch.Generator):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.drop_path1 = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path, generator)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
-        self.drop_path2 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path, generator)
 
     def forward(self, x: Tensor, kv_ins: Tensor | None, gate: Tensor | None, lengths: Tensor | None) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x), kv_ins, gate, lengths))
@@ -98,7 +115,8 @@ class EditingTransformer(nn.Module):
             self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.class_tokens + self.grid[0] * self.grid[1], width))
         rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
+        self.chance = torch.Generator()
+        self.blocks = nn.ModuleList(Block(width, heads, rate, self.chance) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if instruction_width is not None:
             self.kv_ins = nn.Linear(instruction_width, depth * 2 * width)  # K', V' of all layers in one product
