@@ -370,9 +370,9 @@ def metrics_from_ranking(
         hits = matches[query, ranking[places]]
         ranks = np.flatnonzero(hits) + 1
         if len(ranks):
-            found = ranks if truncate is None else ranks[places[hits] < truncate]
-            first = found[0] if len(found) else RANKS + 1
-            results.append((_average_precision(found), len(ranks) / ranks[-1], first))
+            reached = ranks if truncate is None else ranks[places[hits] < truncate]
+            first = reached[0] if len(reached) else RANKS + 1
+            results.append((_average_precision(reached), len(ranks) / ranks[-1], first))
     return _mean(results, matches.shape[1], identities)
 
 

@@ -131,6 +131,8 @@ MUTANTS = [
         ("llcm: CMC counts an identity twice", "len(np.unique(np.append(", "len((np.append("),
         ("llcm: CMC forgets equal scores", "[others[:best] == row[best]]", "[:0]"),
         ("truncation after junk is removed", "ranks[ahead + place < truncate]", "ranks[ranks <= truncate]"),
+        ("truncation of a list after junk is removed", "ranks[places[hits] < truncate]", "ranks[ranks <= truncate]"),
+        ("truncation: CMC counts identities", "protocol.deduplicate and truncate is None", "protocol.deduplicate"),
         ("truncation one rank late", "ahead + place < truncate", "ahead + place <= truncate"),
         (
             "truncation: AP by all positives",

@@ -316,6 +316,11 @@ def test_agrees_with_loops_over_a_full_sort(name, data):
     for other in (counted, given_order):
         assert other[:2] == pytest.approx(result[:2], abs=1e-15)
         assert protocol.deduplicate or other.cmc.tolist() == result.cmc.tolist()
+    for cut in (1, 3, 7):
+        cut_here = score_trial(trial, index, protocol, scores, truncate=cut)
+        cut_list = metrics_from_ranking(order, kinds == "hit", kinds == "junk", truncate=cut)
+        assert cut_list[:2] == pytest.approx(cut_here[:2], abs=1e-15)
+        assert cut_list.cmc.tolist() == cut_here.cmc.tolist()
 
 
 # The drawn data, divided by what its authors say of file names and lists: no parser, no index, no protocol.
