@@ -146,7 +146,7 @@ MUTANTS = [
             "if junk.all():\n                results.append((0.0, 0.0, 99))\n                continue",
         ),
         ("counts: not sorted", "np.sort(ahead[start:end])", "ahead[start:end]"),
-        ("rankings: junk is kept", "ranking if junk is None else ranking[~junk[query, ranking]]", "ranking"),
+        ("rankings: junk is kept", "np.flatnonzero(~junk[query, ranking])", "np.arange(len(ranking))"),
         ("re-scoring: worst first", "head[np.argsort(-scores", "head[np.argsort(scores"),
         ("re-scoring: the rest comes first", ', kind="stable")], tail])', ', kind="stable")], tail][::-1])'),
         (
