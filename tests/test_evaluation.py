@@ -10,6 +10,7 @@ import torch
 from conftest import launch, recipe
 from PIL import Image
 
+import engine
 from engine import baselines, checkpoint, training
 from engine.config import TrainConfig
 from engine.data.index import find_indexes
@@ -279,15 +280,10 @@ def test_a_protocol_that_a_copy_cannot_serve_is_left_out(mini, tmp_path):
     assert measurable(find_indexes(mini, ("synth_pedes",)), config) == ([], {})
 
 
-def test_figures_of_the_released_evaluator(untrained, mini, tmp_path):
-    """--released: other names; galleries below 500 images have the same figures, but for LLCM's CMC over images."""
-    rows = []
-    for name, more in (("ours", ()), ("theirs", ("--released",))):
-        options = ("--quick", "--dataset", "market1501,llcm", "--output", tmp_path / name, *more)
-        done = recipe("recipes/evaluate.py", "--checkpoint", untrained, "--data", mini, *options)
-        assert done.returncode == 0, done.stderr
-        rows.append(json.loads((tmp_path / name / "metrics.json").read_text())["tasks"])
-    ours, theirs = rows
+def test_figures_of_the_released_evaluator(untrained, mini):
+    """Other names; galleries below 500 images have the same figures, but for LLCM's CMC over images."""
+    given = {"datasets": ("market1501", "llcm"), "quick": True}
+    ours, theirs = (engine.evaluate(untrained, mini, released=released, **given)["tasks"] for released in (False, True))
     assert ours["trad"]["market1501"] == theirs["trad"]["market1501:instruct"]
     assert set(theirs["vi"]) == {f"{name}:instruct" for name in ours["vi"]}
     for name, row in ours["vi"].items():

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, SMALL, free_port, launch, recipe
 from safetensors.torch import load_file
 
+import engine
 from engine import checkpoint
 from engine.config import TrainConfig
 from engine.data.index import find_indexes
@@ -163,10 +164,14 @@ def test_results_that_cannot_be_written(mini, small, tmp_path):
     assert "mean mAP over tasks" in done.stdout  # what was measured is not lost
 
 
-def test_results_are_not_written_over(mini, small):
+def test_results_are_not_written_over(mini, small, monkeypatch):
+    from recipes import evaluate
+
     (small / "metrics.json").write_text("{}")
-    done = recipe("recipes/evaluate.py", "--checkpoint", small, "--data", mini, "--output", small)
-    assert f"--output {small}: holds results already" in one_line(done)
+    arguments = ["evaluate.py", "--checkpoint", str(small), "--data", str(mini), "--output", str(small)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(InputError, match=f"--output {small}: holds results already"):
+        evaluate.main()
     (small / "metrics.json").unlink()
 
 
@@ -185,9 +190,8 @@ def test_weights_that_are_not_finite(mini, small, tmp_path):
     weights = load_file(tmp_path / "broken/model.safetensors")
     weights["edit.norm.weight"][0] = float("nan")
     save_file(weights, tmp_path / "broken/model.safetensors")
-    options = ("--dataset", "market1501", "--tasks", "trad", "--quick", "--output", tmp_path / "out")
-    said = one_line(recipe("recipes/evaluate.py", "--checkpoint", tmp_path / "broken", "--data", mini, *options))
-    assert "the model's features of trad/market1501 are not finite" in said
+    with pytest.raises(InputError, match="the model's features of trad/market1501 are not finite"):
+        engine.evaluate(tmp_path / "broken", mini, datasets=("market1501",), tasks=("trad",), quick=True)
 
 
 def test_an_index_that_cannot_be_stored_leaves_no_part(mini, tmp_path, monkeypatch, capsys):
