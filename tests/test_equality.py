@@ -90,7 +90,7 @@ def results(tmp_path_factory) -> dict[int, list[dict]]:
     """World size -> what each rank found."""
     folder = str(tmp_path_factory.mktemp("equality"))
     found = {}
-    for world in (1, 2, 4):
+    for world in (1, 2):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -100,16 +100,15 @@ def results(tmp_path_factory) -> dict[int, list[dict]]:
 
 
 @pytest.mark.xdist_group("equality")
-@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("what", ["neck", "identity"])
-def test_ranks_compute_what_one_rank_does(results, what, dtype, tolerance, world):
+def test_two_ranks_compute_what_one_does(results, what, dtype, tolerance):
     """float32: 2e-5 of each tensor's largest entry, for sums in another order; gates are used in float32 everywhere. A
     BNNeck takes all gradient from the bias before it: what is left there is rounding."""
     whole = results[1][0][what, dtype]
     assert len(whole) > (40 if what == "identity" else 6)
-    for rank in range(world):
-        shared = results[world][rank][what, dtype]
+    for rank in range(2):
+        shared = results[2][rank][what, dtype]
         assert shared.keys() == whole.keys()
         for name, value in whole.items():
             scale = max(1e-2, value.abs().max().item())

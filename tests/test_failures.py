@@ -100,7 +100,8 @@ def test_a_step_that_is_not_finite_is_skipped_under_every_zero_stage(mini, tmp_p
         assert (rows[1]["loss"] is None) == (kind != "gradient")
 
 
-@pytest.mark.parametrize("stage", ["0", *[pytest.param(stage, marks=slow) for stage in "123"]])
+@slow
+@pytest.mark.parametrize("stage", "0123")
 def test_twenty_such_steps_in_a_row_end_the_run(mini, tmp_path, stage):
     done = inject(mini, tmp_path, "always", stage)
     assert "not finite for 20 steps in a row, at step 20" in one_line(done)
@@ -109,6 +110,7 @@ def test_twenty_such_steps_in_a_row_end_the_run(mini, tmp_path, stage):
     assert checkpoint.load_model(tmp_path / stage)
 
 
+@slow
 def test_zero_3_counts_each_gradient_once(mini, tmp_path):
     """Each stream's head has a gradient in one micro-step of a window only. Biases of keys have no gradient but noise,
     which Adam enlarges."""
@@ -234,7 +236,7 @@ def test_data_recipes(tmp_path, arguments, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--wrong"], "unrecognized arguments: --wrong"),
-        (["--output", "/proc/run"], "--output /proc/run: cannot write"),
+        pytest.param(["--output", "/proc/run"], "--output /proc/run: cannot write", marks=slow),
     ],
 )
 def test_two_ranks_say_it_once(mini, tmp_path, options, message):

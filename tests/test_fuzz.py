@@ -59,6 +59,8 @@ STRAYS = ["Thumbs.db", ".DS_Store", "._x.jpg", "a b.txt", "a\nb.jpg", "é\udcff.
 STRAYS += ["train.txt", "x.json", "query", "datalist", "real1", "-1_c1s1_000401_03.jpg", "0002_c1s1_000451_03.JPG"]
 STRAYS += ["9" * 200 + "_1_c1_1.png"]
 
+BESIDE = b"1_2.jpg 3\n4_5.jpg 6\n"
+
 Draw = Callable[[st.SearchStrategy], Any]
 
 
@@ -129,7 +131,9 @@ def damage(draw: Draw, root: str) -> None:
     if kind > 8:
         file = Path(draw(st.sampled_from(lists)))
         change = change_bytes if kind == 13 else CHANGES[file.suffix]
-        file.write_bytes(change(draw, file.read_bytes()))
+        changed = change(draw, file.read_bytes())
+        file.unlink()  # never through a link: what it leads to may be no copy
+        file.write_bytes(changed)
         return
     if not there:
         return
@@ -151,11 +155,17 @@ def damage(draw: Draw, root: str) -> None:
             os.rename(spare, other)
     elif kind == 5:
         remove(path)
-        os.symlink(draw(st.sampled_from(["nothing", name, "..", root, "/etc/passwd"])), path)
+        os.symlink(draw(st.sampled_from(["nothing", name, "..", root, outside(root)])), path)
     else:
-        stray = os.path.join(path if os.path.isdir(path) else above, draw(st.sampled_from(STRAYS)))
+        inside = os.path.realpath(path).startswith(os.path.realpath(root) + os.sep)  # not where a link leads out
+        stray = os.path.join(path if os.path.isdir(path) and inside else above, draw(st.sampled_from(STRAYS)))
         if not os.path.lexists(stray):
             os.mkdir(stray) if kind == 6 else Path(stray).touch() if kind == 7 else os.symlink("nothing", stray)
+
+
+def outside(root: str) -> str:
+    """A file beside root that links may lead to and nothing may change."""
+    return os.path.join(os.path.dirname(root), "outside.txt")
 
 
 def remove(path: str) -> None:
@@ -197,6 +207,8 @@ def try_case(draw: Draw, folder: Path) -> None:
     name, tree = draw(st.sampled_from(COPIES))
     data = folder / "data"
     top = data / BY_NAME[name].folders[0]
+    beside = Path(outside(str(data)))
+    beside.write_bytes(BESIDE)
     try:
         for above in {top / os.path.dirname(file) for file in tree}:
             above.mkdir(parents=True, exist_ok=True)
@@ -215,6 +227,8 @@ def try_case(draw: Draw, folder: Path) -> None:
         assert len(message.splitlines()) == 1
     finally:
         shutil.rmtree(data)
+    assert beside.read_bytes() == BESIDE
+    assert os.listdir(folder) == [beside.name]
 
 
 @pytest.fixture(scope="module")
