@@ -379,13 +379,15 @@ def test_resuming_another_run(small, config, state, tokenizer, message):
         )
 
 
+@slow
 def test_resuming_without_the_optimiser(mini, copy):
     shutil.rmtree(copy / "checkpoints" / "step-00000004" / "deepspeed")
     said = one_line(recipe(*training(mini, copy, 6), "--resume"))
     assert "step-00000004/deepspeed cannot be loaded" in said
 
 
-@pytest.mark.parametrize("target", ["command", pytest.param("launcher", marks=slow)])
+@slow
+@pytest.mark.parametrize("target", ["command", "launcher"])
 def test_sigterm_to_deepspeed_saves(mini, tmp_path, target):
     """The command does not pass it on, but its ranks see that it is gone; its launcher passes it on."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
