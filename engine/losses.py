@@ -44,7 +44,7 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     assert features.fout is not None
     assert head is not None
     instructions = features.instruction.cls.float()
-    if config.centre and len(instructions) > 1:
+    if config.centre and len(instructions) > 1:  # one for the whole batch is like itself
         instructions = centred(instructions)
     instructions = instructions.expand(len(batch.images), -1)
     terms = {}

@@ -132,10 +132,13 @@ class Pairs:
         return self.logits[tokens[:, 0, 0], instruction.cls[:, 0]]
 
 
-def test_matching_losses_by_hand():
-    """The true pairs, then a wrong one of each picture and text (so cold: always the most similar); label 1 = match."""
+@pytest.mark.parametrize("apart", [0.0, 3.0])
+def test_matching_losses_by_hand(apart):
+    """The true pairs, then a wrong one of each picture and text (so cold: always the most similar); label 1 = match.
+    apart: how far pictures and texts point away from each other; then even the likest have a negative cosine."""
     torch.manual_seed(3)
-    pictures, texts = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    pictures, texts = (F.normalize(torch.randn(6, 8) + way, dim=-1) for way in (apart, -apart))
+    assert bool((pictures @ texts.T < 0).all()) == (apart > 0)
     logits = torch.randn(6, 6, 2)
     given = Batch(1, torch.zeros(6, 3, 4, 4), LABELS, torch.zeros(6, 9), 3 + torch.arange(6), None)
     terms = matching_losses(Pairs(pictures, texts, logits, 1e-5), given)
