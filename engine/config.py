@@ -38,8 +38,8 @@ class ModelConfig:
     """Sizes of the Instruct-ReID model. Pictures are (height, width) in pixels; widths are features.
 
     stem          "patch": ViT's patch x patch convolution; "conv": strided 3x3 convolutions down to `patch`
-    cls_stem      CLS begins as a linear map of all patches side by side: from nothing, attention takes thousands of
-                  steps to learn where on the body to look
+    cls_stem      CLS begins as a linear map of all patches side by side: from nothing, attention takes long to learn
+                  where on the body to look
     part_tokens   extra class tokens beside CLS (PASS has 3)
     clothes_size  size of a clothes picture before the picture tower
     shared_stem   the picture tower sees through E_e's stem (of its width): from nothing, every task teaches that one
