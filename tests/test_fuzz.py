@@ -253,3 +253,18 @@ def test_damaged_copies(data, folder):
 @given(data=st.data())
 def test_damaged_copies_at_length(data, folder):
     try_case(data.draw, folder)
+
+
+@settings(ANY, max_examples=100, derandomize=True)
+@given(data=st.data())
+def test_damage_does_not_follow_links_out_of_the_copy(data, folder):
+    root, beside = folder / "data", folder / "outside.txt"
+    root.mkdir()
+    beside.write_bytes(BESIDE)
+    (root / "list.txt").symlink_to(beside)
+    try:
+        damage(data.draw, str(root))
+    finally:
+        shutil.rmtree(root)
+    assert beside.read_bytes() == BESIDE
+    assert os.listdir(folder) == [beside.name]
