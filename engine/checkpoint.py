@@ -28,7 +28,7 @@ from engine.errors import InputError, writing
 from engine.model.irm import IRM
 from engine.runtime import Runtime
 
-FORMAT = 1  # of state.json; raise when an older engine could not read what save() writes
+FORMAT = 2  # of state.json; raise when an older engine could not read what save() writes
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class State:
     streams: list[str]
     vocabulary: int
     skipped: int = 0
+
+    @property
+    def matching(self) -> list[str]:
+        """The streams without an identity loss."""
+        return [name for name in self.streams if name not in self.heads]
 
 
 def save(
@@ -149,7 +154,7 @@ def load_model(path: Path) -> tuple[IRM, TrainConfig, State, Tokenizer]:
             "put back the file that belongs to this checkpoint"
         )
     try:
-        model = IRM(config.model, state.vocabulary, state.heads)
+        model = IRM(config.model, state.vocabulary, state.heads, state.matching)
     except (RuntimeError, KeyError, ValueError) as error:  # sizes below 0 or beyond memory, names that are none
         what = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}/state.json: no model has these heads ({what}); use another checkpoint") from error

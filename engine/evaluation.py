@@ -114,7 +114,7 @@ def evaluate(
     )
     indexes = find_indexes(Path(data), datasets)
     torch.manual_seed(config.seed)
-    untrained = IRM(config.model, state.vocabulary, state.heads)
+    untrained = IRM(config.model, state.vocabulary, state.heads, state.matching)
     metrics = evaluate_model(
         model.to(runtime.device),
         indexes,
@@ -231,6 +231,7 @@ class Evaluation:
         rescore: bool = True,
     ):
         self.model, self.task, self.index, self.tokenizer = model, task, index, tokenizer
+        self.stream = f"{task.name}/{index.name}"
         self.config, self.runtime, self.threads, self.rescore = config, runtime, threads, rescore
         self.truncate = INSTRUCT if config.released else None
         self.trials = {protocol: protocol.trials(index, config.quick) for protocol in protocols}
@@ -250,8 +251,9 @@ class Evaluation:
 
     def _refuse_broken(self, features: NDArray[np.float32]) -> None:
         if not np.isfinite(features).all():
-            where = f"{self.task.name}/{self.index.name}"
-            raise InputError(f"the model's features of {where} are not finite; take an older checkpoint, a lower --lr")
+            raise InputError(
+                f"the model's features of {self.stream} are not finite; take an older checkpoint, a lower --lr"
+            )
 
     def title(self, protocol: Protocol) -> str:
         """Its name in metrics.json."""
@@ -286,7 +288,7 @@ class Evaluation:
         """What --save-features stores: TASK/DATASET/{features,pid,camera,clothes,modality,split,path} of the test
         images, and for each protocol and draw the positions of query and gallery among them."""
         index, rows = self.index, self.rows
-        prefix = f"{self.task.name}/{index.name}"
+        prefix = self.stream
         result: dict[str, np.ndarray] = {f"{prefix}/features": self.features.features}
         for name in ("pid", "camera", "clothes", "modality", "split"):
             result[f"{prefix}/{name}"] = getattr(index, name)[rows]
@@ -345,7 +347,7 @@ class Evaluation:
                 for start in range(0, len(query), PAIRS):
                     q, k = query[start : start + PAIRS], slot[start : start + PAIRS]
                     seen = images[place[block][q, k] - first].to(self.runtime.device)
-                    logits = self.model.match_scores(seen, Instruction(tokens[q], lengths[q], cls[q]))
+                    logits = self.model.match_scores(seen, Instruction(tokens[q], lengths[q], cls[q]), self.stream)
                     scores[q, k] = logits.float().softmax(-1)[:, 1].cpu()
             return scores
 
@@ -421,7 +423,6 @@ class Evaluation:
         """[S, n, D]: row pictures[i]'s image, decoded once, then edited by every sentence, by the own instruction of
         row instructions[i], or by none."""
         kind, index, config = self.task.instruction, self.index, self.config
-        stream = f"{self.task.name}/{index.name}"
         sentences: list[Instruction] = []
         if kind == "sentence":
             count = 1 if config.quick else len(SENTENCES[self.task.name])
@@ -442,7 +443,7 @@ class Evaluation:
                 seen = self.model.features(images, None)
                 if self.rescore:
                     self.tokens[block.start] = seen.tokens.cpu()
-                return self.model.image_embedding(seen).float().cpu()[None]
+                return self.model.image_embedding(seen, self.stream).float().cpu()[None]
             asked = sentences
             if clothes is not None:
                 asked = [self.model.instruction_of_clothes(clothes)]
@@ -453,12 +454,14 @@ class Evaluation:
                         raise InputError(f"{index.path(row)}: no description, but task li needs one")
                 asked = [self._instruction([captions[0] for _, captions in own])]
             found = [self.model.features(images, instruction) for instruction in asked]
-            return torch.stack([self.model.test_feature(seen, stream, config.feature).float().cpu() for seen in found])
+            return torch.stack(
+                [self.model.test_feature(seen, self.stream, config.feature).float().cpu() for seen in found]
+            )
 
         return self._sharded(len(pictures), extract, decode)
 
     def _text_block(self, block: slice, _: slice) -> Tensor:
-        return self.model.text_embedding(self._instruction(self.captions[block])).float().cpu()[None]
+        return self.model.text_embedding(self._instruction(self.captions[block]), self.stream).float().cpu()[None]
 
     def _instruction(self, sentences: list[str]) -> Instruction:
         text, lengths = tokenize(self.tokenizer, sentences, self.config.model.text_tokens)

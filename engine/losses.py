@@ -29,7 +29,7 @@ class TrainingModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.matching[batch.stream]:
-            terms = matching_losses(self.model, batch)
+            terms = matching_losses(self.model, batch, self.streams[batch.stream])
         else:
             terms = identity_losses(self.model, batch, self.streams[batch.stream], self.config)
         return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
@@ -68,7 +68,7 @@ def centred(instructions: Tensor) -> Tensor:
     return torch.cat([unit, torch.ones_like(unit[:, :1])], 1)
 
 
-def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
+def matching_losses(model: IRM, batch: Batch, stream: str) -> dict[str, Tensor]:
     """Eq. 8: contrastive loss on the projections, and matching loss on F_out of true pairs and of wrong ones: one for
     each picture and each text, the likelier the more similar (ALBEF). The most similar ones alone teach nothing: they
     are people who look the same."""
@@ -77,7 +77,8 @@ def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
     instruction = model.instruct.of_text(batch.text, batch.text_lengths)
     seen = model.features(batch.images, None)
     same = batch.labels[:, None] == batch.labels
-    pictures_BE, texts_BE = model.image_embedding(seen).float(), model.text_embedding(instruction).float()
+    pictures_BE = model.image_embedding(seen, stream).float()
+    texts_BE = model.text_embedding(instruction, stream).float()
     with torch.autocast(batch.images.device.type, enabled=False):
         similarity = pictures_BE @ texts_BE.mT
         logits = model.temperature(similarity)
@@ -90,7 +91,7 @@ def matching_losses(model: IRM, batch: Batch) -> dict[str, Tensor]:
     texts = torch.cat([pairs, sentence_of, pairs])
     lengths = instruction.lengths
     chosen = Instruction(instruction.tokens[texts], None if lengths is None else lengths[texts], instruction.cls[texts])
-    logits = model.match_scores(seen.tokens[pictures], chosen, similarity[pictures, texts]).float()
+    logits = model.match_scores(seen.tokens[pictures], chosen, stream, similarity[pictures, texts]).float()
     truth = (batch.labels[pictures] == batch.labels[texts]).long()
     return {"contrastive": contrastive, "match": F.cross_entropy(logits, truth)}
 

@@ -88,7 +88,11 @@ class Report:
         asked = np.random.default_rng(run.config.seed).permutation(np.flatnonzero(np.diff(offsets)))[:POOL]
         rows, sentences = trial.query[asked], _sentences(run, trial, asked)
         words = _instruction(run, sentences) if run.task.instruction == "query" else None
-        features = run.features.of(rows, 0) if words is None else run.model.text_embedding(words).float().cpu().numpy()
+        features = (
+            run.features.of(rows, 0)
+            if words is None
+            else run.model.text_embedding(words, run.stream).float().cpu().numpy()
+        )
         scores = features @ run.features.of(trial.gallery, 0).T
         for row, query in zip(scores, asked, strict=True):
             part = slice(*members.offsets[query : query + 2])
@@ -157,7 +161,7 @@ def _match_scores(run: Evaluation, rows: np.ndarray, words: Instruction, i: int)
     assert words.lengths is not None
     images = _pictures(run, [run.index.path(row) for row in rows], run.config.model.image_size)
     one = Instruction(words.tokens[i : i + 1, : words.lengths[i]], words.lengths[i : i + 1], words.cls[i : i + 1])
-    scores = run.model.match_scores(run.model.features(images, None).tokens, one)
+    scores = run.model.match_scores(run.model.features(images, None).tokens, one, run.stream)
     return scores.float().softmax(-1)[:, 1].cpu().numpy()
 
 

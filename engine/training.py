@@ -116,7 +116,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 def build_model(config: TrainConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer) -> IRM:
     """The model with initial weights that follow from the seed alone."""
     seed_everything(config.seed)
-    return IRM(config.model, tokenizer.get_vocab_size(), _heads(streams))
+    matching = [stream.name for stream in streams if stream.task.loss == "matching"]
+    return IRM(config.model, tokenizer.get_vocab_size(), _heads(streams), matching)
 
 
 def _steps(

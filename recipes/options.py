@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature": "fout",
         "leaders": ("trad",),  # features that tell people apart must be there before the harder tasks can use them
         "ahead": 25,
-        "shares": {"vi": 12, "ctcc": 3, "t2i": 2, "li": 3},
+        "shares": {"vi": 12, "ctcc": 2, "t2i": 3, "li": 3},
         "checkpoint_every": 250,
     },
 }

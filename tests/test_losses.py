@@ -116,16 +116,19 @@ class Pairs:
         number = torch.arange(len(images))
         return Features(number[:, None], None, None, number[:, None, None])
 
-    def image_embedding(self, features):
+    def image_embedding(self, features, stream):
+        assert stream == "t2i/b"
         return self.pictures[features.cls[:, 0]]
 
-    def text_embedding(self, instruction):
+    def text_embedding(self, instruction, stream):
+        assert stream == "t2i/b"
         return self.texts[instruction.cls[:, 0]]
 
     def temperature(self, similarity):
         return similarity / self.divisor
 
-    def match_scores(self, tokens, instruction, cosine):
+    def match_scores(self, tokens, instruction, stream, cosine):
+        assert stream == "t2i/b"
         assert torch.equal(cosine, (self.pictures @ self.texts.T)[tokens[:, 0, 0], instruction.cls[:, 0]])
         assert torch.equal(instruction.tokens[:, 0, 0], instruction.cls[:, 0])
         assert torch.equal(instruction.lengths, 3 + instruction.cls[:, 0])
@@ -141,7 +144,7 @@ def test_matching_losses_by_hand(apart):
     assert bool((pictures @ texts.T < 0).all()) == (apart > 0)
     logits = torch.randn(6, 6, 2)
     given = Batch(1, torch.zeros(6, 3, 4, 4), LABELS, torch.zeros(6, 9), 3 + torch.arange(6), None)
-    terms = matching_losses(Pairs(pictures, texts, logits, 1e-5), given)
+    terms = matching_losses(Pairs(pictures, texts, logits, 1e-5), given, "t2i/b")
     similarity = pictures @ texts.T
     others = [[j for j in range(6) if LABELS[j] != LABELS[i]] for i in range(6)]
     chosen = [(i, i, 1) for i in range(6)]
@@ -157,10 +160,13 @@ def test_wrong_pairs_are_drawn_by_similarity_and_never_of_the_same_identity():
     pictures, texts = torch.eye(6), torch.eye(6).roll(2, 0) * 0.5 + 0.1  # picture i is most like text i + 2, of another
     logits = torch.arange(36.0).reshape(6, 6, 1) * torch.tensor([0.0, 1e-3])
     given = Batch(1, torch.zeros(6, 3, 4, 4), LABELS, torch.zeros(6, 9), 3 + torch.arange(6), None)
-    seen = {round(matching_losses(Pairs(pictures, texts, logits, 1.0), given)["match"].item(), 7) for _ in range(20)}
+    seen = {
+        round(matching_losses(Pairs(pictures, texts, logits, 1.0), given, "t2i/b")["match"].item(), 7)
+        for _ in range(20)
+    }
     assert len(seen) > 5  # other pairs each time
     alone = given._replace(labels=torch.zeros(6, dtype=torch.int64))
-    assert torch.isfinite(matching_losses(Pairs(pictures, texts, logits, 1.0), alone)["match"])
+    assert torch.isfinite(matching_losses(Pairs(pictures, texts, logits, 1.0), alone, "t2i/b")["match"])
 
 
 def test_contrastive_loss_is_the_mean_cross_entropy_with_equal_positives():

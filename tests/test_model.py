@@ -212,3 +212,29 @@ def test_test_features_rank_by_direction(irm):
     features = irm.features(torch.randn(4, 3, *TINY.image_size), None)
     value = irm.test_feature(features, "vi/unknown", "cls")
     torch.testing.assert_close(value, F.normalize(features.cls, dim=-1))
+
+
+def test_whitening_belongs_to_the_stream():
+    """Two text-to-image streams never mix; train = eval once the running statistics have arrived; a stream not trained
+    on takes the first's; match_scores finds the same cosine; without embed_norm there is none."""
+    torch.manual_seed(0)
+    model = IRM(TINY, 50, {}, ["t2i/a", "t2i/b"])
+    images = torch.randn(8, 3, *TINY.image_size)
+    text, lengths = torch.randint(4, 50, (8, 9)), torch.full((8,), 9)
+    with torch.no_grad():
+        seen, words = model.features(images, None), model.instruct.of_text(text, lengths)
+        for _ in range(400):
+            trained = model.image_embedding(seen, "t2i/b"), model.text_embedding(words, "t2i/b")
+        model.eval()
+        tested = model.image_embedding(seen, "t2i/b"), model.text_embedding(words, "t2i/b")
+        for a, b in zip(trained, tested, strict=True):  # running variance is the unbiased one
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        plain = F.normalize(model.project_image(seen.cls), dim=-1), F.normalize(model.project_text(words.cls), dim=-1)
+        for stream in ("t2i/a", "t2i/unknown"):
+            torch.testing.assert_close(model.image_embedding(seen, stream), plain[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model.text_embedding(words, stream), plain[1], rtol=1e-4, atol=1e-5)
+        assert (tested[0] - plain[0]).abs().max() > 0.1
+        given = model.match_scores(seen.tokens, words, "t2i/b", (tested[0] * tested[1]).sum(-1))
+        torch.testing.assert_close(model.match_scores(seen.tokens, words, "t2i/b"), given)
+        assert not torch.allclose(model.match_scores(seen.tokens, words, "t2i/a"), given)
+    assert not IRM(replace(TINY, embed_norm=False), 50, {}, ["t2i/a"]).whiten

@@ -7,6 +7,7 @@ Shapes: B images, N image tokens, C width, E instruction width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,14 @@ class Head(nn.Module):
             nn.init.normal_(weight, std=0.03)  # so that each identity pulls its own way from the first step
 
 
+class Whitening(nn.Module):
+    """One stream's batch statistics of its projections: pictures and texts, each normalised per feature."""
+
+    def __init__(self, embed: int):
+        super().__init__()
+        self.image, self.text = GlobalBatchNorm(embed), GlobalBatchNorm(embed)
+
+
 class Temperature(nn.Module):
     """Similarities -> logits, divided by a learned temperature kept in 0.01 .. 0.5."""
 
@@ -61,9 +70,10 @@ class Temperature(nn.Module):
 
 
 class IRM(nn.Module):
-    """The model. heads: stream name -> identities, for streams with an identity loss."""
+    """The model. heads: stream name -> identities, for streams with an identity loss (Eq. 7); matching: names of the
+    streams that match texts and pictures (Eq. 8)."""
 
-    def __init__(self, config: ModelConfig, vocabulary: int, heads: dict[str, int]):
+    def __init__(self, config: ModelConfig, vocabulary: int, heads: dict[str, int], matching: Sequence[str] = ()):
         super().__init__()
         self.config = config
         self.instruct = InstructionEncoder(config, vocabulary)
@@ -84,7 +94,8 @@ class IRM(nn.Module):
         self.heads = nn.ModuleDict({_key(name): Head(config.width, count) for name, count in heads.items()})
         self.project_image = nn.Linear(config.width, config.embed)
         self.project_text = nn.Linear(config.instruction_width, config.embed)
-        self.whiten = nn.ModuleList(GlobalBatchNorm(config.embed) for _ in range(2 * config.embed_norm))
+        whitened = matching if config.embed_norm else ()
+        self.whiten = nn.ModuleDict({_key(name): Whitening(config.embed) for name in whitened})
         self.temperature = Temperature()
         self.match = nn.Linear(2 * config.width + 1, 2)  # sees F_out and the cosine; begins near the cosine's order
         nn.init.normal_(self.match.weight, std=0.01)
@@ -129,24 +140,34 @@ class IRM(nn.Module):
                 parts.append(F.normalize(value if head is None else head.neck[name](value), dim=-1))
         return F.normalize(torch.cat(parts, -1), dim=-1)
 
-    def image_embedding(self, features: Features) -> Tensor:
+    def image_embedding(self, features: Features, stream: str) -> Tensor:
         """[B, embed] unit vectors of pictures, for text-to-image search."""
-        projected = self.project_image(features.cls)
-        return F.normalize(self.whiten[0](projected) if self.whiten else projected, dim=-1)
+        projected, whitening = self.project_image(features.cls), self._whitening(stream)
+        return F.normalize(projected if whitening is None else whitening.image(projected), dim=-1)
 
-    def text_embedding(self, instruction: Instruction) -> Tensor:
+    def text_embedding(self, instruction: Instruction, stream: str) -> Tensor:
         """[T, embed] unit vectors of sentences."""
-        projected = self.project_text(instruction.cls)
-        return F.normalize(self.whiten[1](projected) if self.whiten else projected, dim=-1)
+        projected, whitening = self.project_text(instruction.cls), self._whitening(stream)
+        return F.normalize(projected if whitening is None else whitening.text(projected), dim=-1)
 
-    def match_scores(self, tokens: Tensor, instruction: Instruction, cosine: Tensor | None = None) -> Tensor:
+    def _whitening(self, stream: str) -> Whitening | None:
+        """The stream's own; that of the first for a stream not trained on: unlike a neck, it cannot be done without."""
+        if not self.whiten:
+            return None
+        own = self.whiten[_key(stream) if _key(stream) in self.whiten else next(iter(self.whiten))]
+        assert isinstance(own, Whitening)
+        return own
+
+    def match_scores(
+        self, tokens: Tensor, instruction: Instruction, stream: str, cosine: Tensor | None = None
+    ) -> Tensor:
         """[B, 2] logits (no match, match) of B (picture, sentence) pairs.
 
         cosine  [B] of their projections; None: computed here (in training the projections know their own batch)
         """
         if cosine is None:
-            pictures = self.image_embedding(Features(tokens[:, 0], None, None, tokens))
-            cosine = (pictures * self.text_embedding(instruction)).sum(-1)
+            pictures = self.image_embedding(Features(tokens[:, 0], None, None, tokens), stream)
+            cosine = (pictures * self.text_embedding(instruction, stream)).sum(-1)
         return self.match(torch.cat([self.fuse(tokens, instruction), self.temperature(cosine)[:, None]], -1))
 
 
