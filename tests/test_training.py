@@ -252,6 +252,7 @@ def test_sigterm_saves_and_leaves_with_its_code(mini, tmp_path):
         (["recipes/mtl.py", "--data", "MINI", "--device", "cuda"], "--device cuda: torch sees no GPU"),
         (["recipes/mtl.py", "--data", "MINI", "--wrong"], "unrecognized arguments: --wrong"),
         (["recipes/stl.py", "--data", "MINI", "--dataset", "mars"], "mars"),
+        (["recipes/stl.py", "--data", "MINI", "--dataset", "ltcc", "--task", "tea"], "argument --task: invalid choice"),
         (["recipes/evaluate.py", "--data", "MINI", "--checkpoint", "TMP"], "no checkpoint there"),
     ],
 )
