@@ -67,4 +67,5 @@ extension = Pybind11Extension(
     optional=True,  # no compiler: a warning, and kernels/ falls back to its Python forms
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+if __name__ == "__main__":
+    setup(ext_modules=[extension], cmdclass={"build_ext": Build})

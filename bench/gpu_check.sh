@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that a GPU can show, in one go: build for its architecture, tests, sanitizer, logs as one tar.
-# Uses the machine's own python ($PYTHON, default python3) with torch, triton, pybind11 and pytest; no network.
+# Everything that a GPU can show, in one go: build for its architecture, tests, sanitizer, benchmarks, what its compiler
+# makes of the kernels; rows and logs as one tar. Uses the machine's own python ($PYTHON, default python3) with torch,
+# triton, pybind11 and pytest; no network. It ends within 8 minutes, whatever hangs.
 # Writes gpu-check.tar to $OUT, or to bench/results/ when OUT is not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -9,20 +10,44 @@ out=${OUT:-bench/results}
 logs=$(mktemp -d)
 failed=0
 
-step() {  # step NAME COMMAND...: run, log, remember a failure
-  local name=$1
-  shift
+step() {  # step NAME SECONDS COMMAND...: run, log, remember a failure; stopped after SECONDS, or when time is up
+  local name=$1 cap=$2 left=$((470 - SECONDS))
+  shift 2
   echo "== $name"
-  if "$@" > "$logs/$name.log" 2>&1; then tail -n 2 "$logs/$name.log"; else failed=1; tail -n 30 "$logs/$name.log"; fi
+  if ((left < 5)); then echo "left out: time is up" | tee "$logs/$name.log"; failed=1; return; fi
+  if timeout -k 5 $((cap < left ? cap : left)) "$@" > "$logs/$name.log" 2>&1; then
+    tail -n 2 "$logs/$name.log"
+  else
+    failed=1
+    tail -n 30 "$logs/$name.log"
+  fi
 }
 
-ops="tests/test_attention.py tests/test_triplet.py tests/test_rank.py"
-step device "$python" -c "import torch, triton, sys; print(torch.cuda.get_device_name(), torch.__version__, \
+# Tests compile many specialisations of the kernels: one process for each type.
+shards() {
+  local pids=() status=0 words
+  for words in "cuda-torch.float32" "cuda-torch.float16" "cuda-torch.bfloat16" "not cuda-torch"; do
+    "$python" -m pytest -q -m gpu -k "$words" tests/test_attention.py &
+    pids+=($!)
+  done
+  "$python" -m pytest -q -m gpu tests/test_triplet.py tests/test_rank.py || status=1
+  for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+  return $status
+}
+export -f shards
+export python PYTHONPATH=.
+
+step device 60 "$python" -c "import torch, triton, sys; print(torch.cuda.get_device_name(), torch.__version__, \
 triton.__version__, sys.version.split()[0])"
-step build env CUDA_ARCHS="${CUDA_ARCHS:-90a}" "$python" setup.py build_ext --inplace
-step tests env PYTHONPATH=. "$python" -m pytest -q -m gpu $ops
+step build 120 env CUDA_ARCHS="${CUDA_ARCHS:-90a}" "$python" setup.py build_ext --inplace
+step tests 220 bash -c shards
+step attention 160 "$python" bench/attention.py --batch 32 256 --rounds 15 --json "$logs/attention.json" \
+  --plot "$logs/attention.png"
+step compile_report 120 "$python" bench/compile_report.py --json "$logs/compile_report.json"
 if command -v compute-sanitizer > /dev/null; then
-  step sanitizer env PYTHONPATH=. compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu tests/test_rank.py
+  step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu tests/test_rank.py
+  step sanitizer_attention 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+    "$python" -m pytest -q -m gpu -k "lengths and bfloat16" tests/test_attention.py
 else
   echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi

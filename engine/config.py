@@ -49,6 +49,7 @@ class ModelConfig:
                   0.99) and the contrastive loss finds no way out; pre-trained towers need it not
     gate          initial value of all gates: 0 keeps a pre-trained ViT what it is; a model that starts from nothing has
                   nothing to keep, and with 0 its instruction moves nothing for hundreds of steps
+    fused         attention by the kernels; False: by their eager reference
     """
 
     name: str = "irm_base"
@@ -72,6 +73,7 @@ class ModelConfig:
     embed: int = 256
     embed_norm: bool = False
     gate: float = 0.0
+    fused: bool = True
 
     def __post_init__(self) -> None:
         _check_types(self)

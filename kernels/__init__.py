@@ -6,7 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kernels.attention import gated_attention, gated_attention_packed, gated_attention_reference
+    from kernels.attention import (
+        gated_attention,
+        gated_attention_packed,
+        gated_attention_packed_reference,
+        gated_attention_reference,
+    )
     from kernels.rank import pair_scores, pair_scores_reference
     from kernels.triplet import adaptive_triplet, adaptive_triplet_reference
 
@@ -18,6 +23,7 @@ __all__ = [
     "adaptive_triplet_reference",
     "gated_attention",
     "gated_attention_packed",
+    "gated_attention_packed_reference",
     "gated_attention_reference",
     "pair_scores",
     "pair_scores_reference",
@@ -28,6 +34,7 @@ _MODULE = {
     "adaptive_triplet_reference": "triplet",
     "gated_attention": "attention",
     "gated_attention_packed": "attention",
+    "gated_attention_packed_reference": "attention",
     "gated_attention_reference": "attention",
     "pair_scores": "rank",
     "pair_scores_reference": "rank",

@@ -34,10 +34,13 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def lengths(name: str, tensor: Tensor, count: int, most: int) -> None:
-    """Integer [count] with values in 0..most (looked at on the CPU only: a GPU would have to wait for the answer)."""
+def integers(name: str, tensor: Tensor, count: int) -> None:
     shape(name, tensor, (count,), "[B]")
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer dtype, got {tensor.dtype}")
-    if not tensor.is_cuda and count and not (int(tensor.min()) >= 0 and int(tensor.max()) <= most):
-        raise ValueError(f"{name}: expected values in 0..{most}, got {int(tensor.min())}..{int(tensor.max())}")
+
+
+def inside(name: str, tensor: Tensor, least: int, most: int) -> None:
+    """Values in least..most. For the CPU only: a GPU would have to wait for the answer."""
+    if tensor.numel() and not (int(tensor.min()) >= least and int(tensor.max()) <= most):
+        raise ValueError(f"{name}: expected values in {least}..{most}, got {int(tensor.min())}..{int(tensor.max())}")

@@ -86,6 +86,7 @@ def training_parser(description: str) -> Parser:
         metavar="N",
         help="micro-steps that each trad stream trains before the other tasks begin (default: 25 for irm_tiny, else 0)",
     )
+    add("--no-fused", action="store_true", help="attention by the eager reference instead of the kernels")
     add("--image-size", type=_size, metavar="HxW", help="pixels (default: 128x64 for irm_tiny, else 256x128)")
     add("--lr", type=float, help="peak learning rate (default: 1.2e-3 for irm_tiny, else 1e-5)")
     add(
@@ -146,7 +147,8 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     if args.check and args.no_eval:
         raise InputError("--check --no-eval: what is checked has to be evaluated; leave one of them out")
     name = args.config or ("irm_base" if args.data else "irm_tiny")
-    model = model_config(name, **({"image_size": args.image_size} if args.image_size else {}))
+    changes: dict[str, Any] = {"image_size": args.image_size} if args.image_size else {}
+    model = model_config(name, **changes, **({"fused": False} if args.no_fused else {}))
     values: dict[str, Any] = dict(PRESETS.get(name, PRESETS["irm_base"]))
     given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
     given += ["checkpoint_every", "keep", "feature", "shares", "ahead"]

@@ -3,6 +3,7 @@
     python tests/mutate.py                    all mutants
     python tests/mutate.py sampler "tie "     those whose file or description holds one of the words
     python tests/mutate.py --list
+    TRITON_INTERPRET=1 python tests/mutate.py  those of the GPU's kernels, which the interpreter runs
 
 Each line says killed (a test failed), SURVIVED (none did) or BROKEN (the tests could not run), and the seconds it took.
 Exit code 1 unless every mutant is killed. First the tests have to pass as they are. A mutant runs in a fork of this
@@ -27,17 +28,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("engine", "kernels", "recipes", "tests", "pyproject.toml")
 LIBRARIES = ("pytest", "hypothesis", "pyarrow", "scipy.io", "timm", "transformers.models.bert.modeling_bert")
-CPU_SECONDS = 120  # a mutant that loops for ever is killed, and counts as noticed
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU_SECONDS = 600 if INTERPRETED else 120  # a mutant that loops for ever is killed, and counts as noticed
 
 
 class Mutant(NamedTuple):
-    """file: below the root; old: text that occurs once in it; new: what replaces it; tests: what should fail then."""
+    """file: below the root; old: text that occurs once in it; new: what replaces it; tests: what should fail then;
+    interpreted: under TRITON_INTERPRET=1."""
 
     file: str
     breaks: str
     old: str
     new: str
     tests: tuple[str, ...]
+    interpreted: bool = False
 
     def applied(self) -> str:
         """The mutated source; ValueError unless `old` occurs once."""
@@ -47,10 +51,10 @@ class Mutant(NamedTuple):
         return source.replace(self.old, self.new)
 
 
-def of(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+def of(file: str, tests: str, *changes: tuple[str, str, str], interpreted: bool = False) -> list[Mutant]:
     """Mutants of one file: (what it breaks, old, new), killed by these tests (names without test_ and .py)."""
     files = tuple(f"tests/test_{name}.py" for name in tests.split())
-    return [Mutant(file, breaks, old, new, files) for breaks, old, new in changes]
+    return [Mutant(file, breaks, old, new, files, interpreted) for breaks, old, new in changes]
 
 
 MUTANTS = [
@@ -228,29 +232,189 @@ MUTANTS = [
             "scores_BHNM",
         ),
         ("reference: NaN of the padding", "(t.masked_fill(~valid_BM[:, None, :, None], 0.0) for t", "(t for t"),
-        ("gate ignored", "(gate.float().view(1, -1, 1, 1) * second)", "second"),
-        ("gate sign", "gate.float().view(1, -1, 1, 1) * second", "-gate.float().view(1, -1, 1, 1) * second"),
         (
-            "image scale",
-            "F.scaled_dot_product_attention(q, k, v, scale=scale)",
-            "F.scaled_dot_product_attention(q, k, v)",
+            "no second derivative, silently",
+            'torch.library.register_autograd("kernels::gated_attention_backward", _refuse, lib=_LIBRARY)',
+            "",
         ),
-        ("instruction scale", "(q, k_ins, v_ins, scale=scale)", "(q, k_ins, v_ins)"),
-        ("instruction scale with lengths", "attn_mask=mask_BHNM, scale=scale", "attn_mask=mask_BHNM"),
-        ("one token too many", "< ins_lengths[:, None]\n        padding", "<= ins_lengths[:, None]\n        padding"),
-        ("padding attended to", "attn_mask=mask_BHNM", "attn_mask=None"),
-        ("NaN of the padding's values", "v_ins.masked_fill(padding_BHMD, 0)", "v_ins"),
-        ("packed: keys and values exchanged", "k_ins, v_ins = kv_ins.permute", "v_ins, k_ins = kv_ins.permute"),
+        ("cpu: gate ignored", "x.gate.view(-1, 1, 1) * kept[2], out=", "kept[2], out="),
+        ("cpu: gate of the gradient ignored", "gated = (dout * x.gate.view(-1, 1, 1)).to", "gated = dout.to"),
+        ("cpu: gradient of q without the second term", "torch.add(first[0], second[0], out=dq)", "dq.copy_(first[0])"),
+        ("cpu: gate gradient of the whole", "c.to(sums)).sum", "a.to(sums)).sum"),
+        ("cpu: gate gradient of one head", "dgate_H.sum().view(1)", "dgate_H[:1]"),
+        (
+            "cpu: scale of small products",
+            "_product(_rows(self.q), _rows(self.k).mT, self.scale)",
+            "_product(_rows(self.q), _rows(self.k).mT, 1.0)",
+        ),
+        ("cpu: scale of small gradients", "_product(dscores.mT, q, self.scale)", "_product(dscores.mT, q, 1.0)"),
+        (
+            "cpu: scale of large products",
+            "attn_mask=self._bias(), scale=self.scale\n                )\n            )\n",
+            "attn_mask=self._bias()\n                )\n            )\n",
+        ),
+        ("cpu: padding attended to by small products", ".masked_fill_(~self.valid, torch.finfo(scores.dtype).min)", ""),
+        (
+            "cpu: padding attended to by large ones",
+            "masked_fill_(~self.valid, least).expand",
+            "masked_fill_(~self.valid, 0.0).expand",
+        ),
+        ("cpu: one token too many", "< x.lengths[:, None])[:, None, None]", "<= x.lengths[:, None])[:, None, None]"),
+        (
+            "cpu: NaN of the padding",
+            "(t.masked_fill(~valid.mT, 0) for t in (k_ins, v_ins))",
+            "(t for t in (k_ins, v_ins))",
+        ),
+        (
+            "cpu: padding of a sample without instruction gets a gradient",
+            "dv if self.valid is None else dv.masked_fill(~self.valid.mT, 0)",
+            "dv",
+        ),
+        ("cpu: any stride over features", "(t if t.stride(-1) == 1 else t.contiguous() for t in x[:3])", "x[:3]"),
+        (
+            "more keys than rows",
+            "_check.shape(name, tensor, (B, H, N, D)",
+            "_check.shape(name, tensor, (B, H, None, D)",
+        ),
+        ("cpu: lengths are not looked at", '_check.inside("ins_lengths", x.lengths, 0, x.k_ins.shape[2])', "pass"),
+        ("autocast ignored", "if not (torch.amp.is_autocast_available(device) and", "if not (False and"),
+        (
+            "scale dropped",
+            "scale = q.shape[-1] ** -0.5 if scale is None else scale\n    if not",
+            "scale = q.shape[-1] ** -0.5\n    if not",
+        ),
+        (
+            "packed: keys and values exchanged",
+            "k_ins, v_ins = k_ins.permute",
+            "v_ins, k_ins = k_ins.permute",
+        ),
         (
             "packed: lengths dropped",
-            "gate, ins_lengths=ins_lengths, scale=scale).transpose",
-            "gate, scale=scale).transpose",
+            "return _call(qkv, None, None, kv_ins, None, gate, ins_lengths, scale, tokens)",
+            "return _call(qkv, None, None, kv_ins, None, gate, None, scale, tokens)",
         ),
         (
-            "packed: scale dropped",
-            "ins_lengths=ins_lengths, scale=scale).transpose",
-            "ins_lengths=ins_lengths).transpose",
+            "fake: another shape of what is kept",
+            "self.q.new_empty(B, H, N, self.k.shape[2])]",
+            "self.q.new_empty(B, H, N, N + 1)]",
         ),
+    ),
+    *of(
+        "kernels/attention.py",
+        "attention",
+        ("gate ignored", "out += gate * second", "out += second"),
+        ("gate sign", "out += gate * second", "out -= gate * second"),
+        (
+            "scale of the scores",
+            "tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2\n        s =",
+            "tl.dot(q, tl.trans(k), input_precision=PRECISION)\n        s =",
+        ),
+        ("keys beyond the last", 's = tl.where((keys < count)[None, :], s, float("-inf"))', ""),
+        ("one key too many", "s = tl.where((keys < count)[None, :], s", "s = tl.where((keys <= count)[None, :], s"),
+        (
+            "one row too many is read",
+            "mask = (rows < count)[:, None] & (cols < D)[None, :]\n    return",
+            "mask = (rows <= count)[:, None] & (cols < D)[None, :]\n    return",
+        ),
+        (
+            "padding features are read",
+            "(rows < count)[:, None] & (cols < D)[None, :]\n    return",
+            "(rows < count)[:, None] & (cols < BLOCK_D)[None, :]\n    return",
+        ),
+        (
+            "padding features are written",
+            "(rows < count)[:, None] & (cols < D)[None, :]\n    at",
+            "(rows < count)[:, None] & (cols < BLOCK_D)[None, :]\n    at",
+        ),
+        ("no running maximum", "higher = tl.maximum(top, tl.max(s, 1))", "higher = tl.maximum(top, 0.0)"),
+        ("maximum of the tile alone", "higher = tl.maximum(top, tl.max(s, 1))", "higher = tl.max(s, 1)"),
+        ("sum not rescaled", "total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+        ("values not rescaled", "acc * shrink[:, None], input_precision", "acc, input_precision"),
+        ("not divided by the sum", "return acc / total[:, None], tl.where", "return acc, tl.where"),
+        ("logarithm without the maximum", "top + tl.log2(total), 0.0)", "tl.log2(total), 0.0)"),
+        (
+            "the last full tile of keys",
+            "full = count // KEYS * KEYS",
+            "full = count // KEYS * KEYS - KEYS * (count > 2 * KEYS)",
+        ),
+        (
+            "keys after the full tiles",
+            "stride, count, full, count, top, total, acc, scale2, D, BLOCK_D, 16, PRECISION)",
+            "stride, count, full, full, top, total, acc, scale2, D, BLOCK_D, 16, PRECISION)",
+        ),
+        (
+            "length ignored",
+            "        second, lse = _attention_of(q, ki_at, vi_at, ins_m, length,",
+            "        second, lse = _attention_of(q, ki_at, vi_at, ins_m, 16,",
+        ),
+        (
+            "backward: score scale",
+            "input_precision=PRECISION) * scale2 - lse[:, None])",
+            "input_precision=PRECISION) - lse[:, None])",
+        ),
+        (
+            "backward: keys beyond the last",
+            "return tl.where((keys < count)[None, :], p, 0.0), tl.dot",
+            "return p, tl.dot",
+        ),
+        ("backward: delta ignored in dq", "(p * (dp - delta[:, None])).to(k.dtype)", "(p * dp).to(k.dtype)"),
+        ("backward: delta sign in dq", "(p * (dp - delta[:, None]))", "(p * (dp + delta[:, None]))"),
+        ("backward: both terms in delta", "delta -= gate * second", "delta -= 0.0 * second"),
+        ("backward: gate of dq", "dq *= gate", "dq *= 1.0"),
+        ("backward: scale of dq", "dq * scale, D, BLOCK_D)", "dq, D, BLOCK_D)"),
+        (
+            "backward: delta of the instruction not stored",
+            "tl.store(delta_ins_at + rows, second, mask=rows < N)",
+            "tl.store(delta_ins_at + rows, 0.0 * second, mask=rows < N)",
+        ),
+        (
+            "backward: delta of the image not stored",
+            "tl.store(delta_at + rows, delta, mask=rows < N)",
+            "tl.store(delta_at + rows, 0.0 * delta, mask=rows < N)",
+        ),
+        ("backward: gate gradient of a tile alone", "dgate = tl.sum(second)", "dgate = tl.max(second)"),
+        ("backward: score scale of keys", "* scale2 - lse[None, :])", "- lse[None, :])"),
+        ("backward: delta ignored in dk", " - delta[None, :])", ")"),
+        ("backward: dk from values", "ds.to(q.dtype), q, dk", "ds.to(q.dtype), do, dk"),
+        ("backward: dv from queries", "p.to(do.dtype), do, dv", "p.to(do.dtype), q, dv"),
+        ("backward: scale of dk", "dk * (factor * scale), 0.0)", "dk * factor, 0.0)"),
+        ("backward: gate of dk", "dk * (factor * scale), 0.0)", "dk * scale, 0.0)"),
+        ("backward: gate of dv", "dv * factor, 0.0)", "dv, 0.0)"),
+        (
+            "backward: padding gets a gradient of values",
+            "tl.where(valid, dv * factor, 0.0)",
+            "dv * factor + 1.0 * (count == 0)",
+        ),
+        ("backward: rows after the full tiles", "N, full, end, dk, dv, scale2", "N, full, full, dk, dv, scale2"),
+        (
+            "backward: padding is not written",
+            "for start in tl.range(full, M, 16, disable_licm=True):",
+            "for start in tl.range(full, length, 16, disable_licm=True):",
+        ),
+        (
+            "backward: heads of the gate gradient",
+            "tl.store(DGATE + b * H + h, dgate)",
+            "tl.store(DGATE + b * H + 0, dgate)",
+        ),
+        (
+            "backward: gate gradient summed over heads",
+            "dgate_BH.sum(0) if len(x.gate) > 1",
+            "dgate_BH.sum(0) if len(x.gate) > 9",
+        ),
+        ("a head's gate", "0 if x.gate is None or len(x.gate) == 1 else x.gate.stride(0)", "0"),
+        ("strides of keys for values", "if len(strides) == 1 and unit == 1", "if unit == 1"),
+        ("any stride over features", "if len(strides) == 1 and unit == 1 and", "if len(strides) == 1 and"),
+        (
+            "backward: offsets of 32 bits",
+            "(tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)\n    q_at, out_at, do_at",
+            "(tl.program_id(0) // H), (tl.program_id(0) % H)\n    q_at, out_at, do_at",
+        ),
+        (
+            "offsets of 32 bits",
+            "(tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)\n    q_at, out_at = Q",
+            "(tl.program_id(0) // H), (tl.program_id(0) % H)\n    q_at, out_at = Q",
+        ),
+        interpreted=True,
     ),
     *of(
         "engine/model/fusion.py",
@@ -417,7 +581,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants whose file or description holds a word")
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
     args = parser.parse_args(arguments)
-    chosen = [m for m in MUTANTS if not args.words or any(word in f"{m.file} {m.breaks} " for word in args.words)]
+    ours = [m for m in MUTANTS if m.interpreted == INTERPRETED]
+    chosen = [m for m in ours if not args.words or any(word in f"{m.file} {m.breaks} " for word in args.words)]
     try:
         sources = [mutant.applied() for mutant in chosen]
     except ValueError as error:

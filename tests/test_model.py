@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+import kernels
 from engine.config import MODELS, ModelConfig
 from engine.data.record import Batch
 from engine.model.editing import EditingTransformer, sines
@@ -238,3 +239,21 @@ def test_whitening_belongs_to_the_stream():
         torch.testing.assert_close(model.match_scores(seen.tokens, words, "t2i/b"), given)
         assert not torch.allclose(model.match_scores(seen.tokens, words, "t2i/a"), given)
     assert not IRM(replace(TINY, embed_norm=False), 50, {}, ["t2i/a"]).whiten
+
+
+def test_kernels_and_their_reference_give_the_same_model():
+    """fused=False: the same features and gradients, of clothes pictures and of sentences of several lengths."""
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = IRM(replace(TINY, fused=fused), 50, {})
+        assert (model.edit.blocks[0].attn.attend is kernels.gated_attention_packed) == fused
+        assert (model.instruct.picture.blocks[0].attn.attend is kernels.gated_attention_packed) == fused
+        images, words = torch.randn(4, 3, *TINY.image_size), torch.randint(4, 50, (4, 9))
+        asked = [model.instruct.of_text(words, torch.tensor([9, 4, 1, 7]))]
+        asked += [model.instruction_of_clothes(torch.randn(1, 3, *TINY.clothes_size))]
+        features = [model.features(images, instruction).fout for instruction in asked]
+        torch.stack(features).square().sum().backward()
+        results.append([*features, *(p.grad for p in model.edit.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -1,5 +1,6 @@
 """tests/mutate.py: planted defects are noticed by the tests. Its results are worth reading: run it by hand."""
 
+import os
 import subprocess
 import sys
 
@@ -19,8 +20,16 @@ def test_every_mutant_still_fits_its_source():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted({mutant.file for mutant in mutate.MUTANTS}))
-def test_every_mutant_is_killed(file):
-    done = subprocess.run([sys.executable, "tests/mutate.py", file], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("file", "interpret"), sorted({(mutant.file, mutant.interpreted) for mutant in mutate.MUTANTS})
+)
+def test_every_mutant_is_killed(file, interpret):
+    done = subprocess.run(
+        [sys.executable, "tests/mutate.py", file],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": str(int(interpret))},
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "mutants killed" in done.stdout

@@ -23,6 +23,7 @@ def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
     assert config("--steps", "10").warmup == 2
     assert config("--steps", "10", "--warmup", "7").warmup == 7
     assert config("--image-size", "384x192", "--config", "irm_base").model.image_size == (384, 192)
+    assert (mini.model.fused, config("--no-fused").model.fused) == (True, False)
     assert (config().shares["vi"], config().leaders, config().ahead) == (12, ("trad",), 25)
     assert config("--shares", "vi=3,li=2", "--ahead", "0").shares == {"vi": 3, "li": 2}
     assert (real.shares, real.ahead) == ({}, 0)

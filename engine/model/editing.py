@@ -15,18 +15,20 @@ import kernels
 
 
 class Attention(nn.Module):
-    """Self-attention of one block, with the gated second softmax over the instruction's keys and values."""
+    """Self-attention of one block, with the gated second softmax over the instruction's keys and values. fused: by the
+    kernels, else by their eager reference."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, fused: bool = True):
         super().__init__()
         self.heads = heads
+        self.attend = kernels.gated_attention_packed if fused else kernels.gated_attention_packed_reference
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, kv_ins: Tensor | None, gate: Tensor | None, lengths: Tensor | None) -> Tensor:
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
-        return self.proj(kernels.gated_attention_packed(qkv, kv_ins, gate, ins_lengths=lengths).reshape(B, N, C))
+        return self.proj(self.attend(qkv, kv_ins, gate, ins_lengths=lengths).reshape(B, N, C))
 
 
 class DropPath(nn.Module):
@@ -48,10 +50,10 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, generator: torch.Generator):
+    def __init__(self, width: int, heads: int, drop_path: float, generator: torch.Generator, fused: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, fused)
         self.drop_path1 = DropPath(drop_path, generator)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
@@ -85,6 +87,7 @@ class EditingTransformer(nn.Module):
     stem                "patch", "conv", or "given": none of its own, `forward` gets another transformer's
     cls_stem            CLS begins as a linear map of all patches side by side, not as the same vector for all images
     instruction_width   features of the instruction's tokens; None: a plain ViT (the picture tower)
+    fused               attention by the kernels, else by their eager reference
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class EditingTransformer(nn.Module):
         cls_stem: bool = False,
         instruction_width: int | None = None,
         gate: float = 0.0,
+        fused: bool = True,
     ):
         super().__init__()
         self.heads, self.class_tokens = heads, 1 + part_tokens
@@ -116,7 +120,7 @@ class EditingTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.class_tokens + self.grid[0] * self.grid[1], width))
         rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
         self.chance = torch.Generator()
-        self.blocks = nn.ModuleList(Block(width, heads, rate, self.chance) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, rate, self.chance, fused) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if instruction_width is not None:
             self.kv_ins = nn.Linear(instruction_width, depth * 2 * width)  # K', V' of all layers in one product

@@ -54,6 +54,7 @@ class InstructionEncoder(nn.Module):
             depth=config.picture_depth,
             heads=config.text_heads,
             cls_stem=config.cls_stem,
+            fused=config.fused,
         )
 
     def of_text(self, ids: Tensor, lengths: Tensor) -> Instruction:

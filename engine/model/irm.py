@@ -89,6 +89,7 @@ class IRM(nn.Module):
             cls_stem=config.cls_stem,
             instruction_width=config.instruction_width,
             gate=config.gate,
+            fused=config.fused,
         )
         self.fuse = Fusion(config.width, config.fusion_depth, config.heads, config.instruction_width)
         self.heads = nn.ModuleDict({_key(name): Head(config.width, count) for name, count in heads.items()})
