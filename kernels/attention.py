@@ -517,129 +517,70 @@ def _gpu_backward(x: _Inputs, dout: Tensor, out: Tensor, lse: Tensor, grads: lis
     return dgate
 
 
-# Many small attentions of at most this many rows and keys: products of small matrices are faster on a CPU than torch's
-# blocked kernel (2 cores, float32, forward and backward: 0.85 of its time at N 33, M 24; 1.1 at N 129, M 70).
-SMALL, MANY = 64, 64
+def _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[_Inputs, Tensor | None, Tensor | None]:
+    """The arguments with 0 for padding, which may hold NaN; True where an instruction token is padding, in the shape of
+    k_ins; what the scores of padding get added, [B, 1, N, M]."""
+    padding = bias = None
+    if lengths is not None:
+        packed = k is None
+        padding_BM = torch.arange(k_ins.shape[1 if packed else 2]) >= lengths[:, None]
+        padding = padding_BM[:, :, None, None, None] if packed else padding_BM[:, None, :, None]
+        k_ins, v_ins = (t if t is None else t.masked_fill(padding, 0) for t in (k_ins, v_ins))
+        least = torch.finfo(q.dtype).min  # finite: a row that is masked whole must not become NaN
+        bias = q.new_zeros(padding_BM.shape).masked_fill_(padding_BM, least)[:, None, None]
+        bias = bias.expand(-1, 1, q.shape[1 if packed else 2], -1)
+    five = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in _unpacked(q, k, v, k_ins, v_ins))
+    q, k, v, k_ins, v_ins = five
+    return _Inputs(q, k, v, k_ins, v_ins, gate, lengths, scale), padding, bias
 
 
-class _Term(NamedTuple):
-    """One softmax attention on the CPU. valid [B, 1, 1, keys] or None; scale: a number."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    valid: Tensor | None
-    scale: float
-
-    @property
-    def small(self) -> bool:
-        B, H, N, _ = self.q.shape
-        return max(N, self.k.shape[2]) <= SMALL and B * H >= MANY
-
-    def kept(self) -> list[Tensor]:
-        """Tensors like those that `forward` returns, for the fake."""
-        B, H, N, D = self.q.shape
-        if self.small:
-            return [self.q.new_empty(B, H, N, D), self.q.new_empty(B, H, N, self.k.shape[2])]
-        sums = torch.promote_types(self.q.dtype, torch.float32)
-        return [self.q.new_empty(B, N, H, D).transpose(1, 2), self.q.new_empty(B, N, H, dtype=sums).transpose(1, 2)]
-
-    def forward(self) -> list[Tensor]:
-        """[attention [B, H, N, D], its maps, or the logarithms of their sums]"""
-        if not self.small:
-            return list(
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    self.q, self.k, self.v, attn_mask=self._bias(), scale=self.scale
-                )
-            )
-        B, H, N, D = self.q.shape
-        scores = _product(_rows(self.q), _rows(self.k).mT, self.scale)
-        if self.valid is not None:
-            scores.view(B, H, N, -1).masked_fill_(~self.valid, torch.finfo(scores.dtype).min)
-        maps = torch.softmax(scores, -1)
-        return [torch.bmm(maps, _rows(self.v)).view(B, H, N, D), maps.view(B, H, N, -1)]
-
-    def backward(self, dout: Tensor, out: Tensor, other: Tensor) -> list[Tensor]:
-        """[dq, dk, dv] from what `forward` returned."""
-        if not self.small:
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, self.q, self.k, self.v, out, other, 0.0, False, attn_mask=self._bias(), scale=self.scale
-            )
-        else:
-            maps, rows, q, k = _rows(other), _rows(dout), _rows(self.q), _rows(self.k)
-            dscores = torch._softmax_backward_data(torch.bmm(rows, _rows(self.v).mT), maps, -1, maps.dtype)
-            grads = (
-                _product(dscores, k, self.scale).view(self.q.shape),
-                _product(dscores.mT, q, self.scale).view(self.k.shape),
-                torch.bmm(maps.mT, rows).view(self.k.shape),
-            )
-        dq, dk, dv = grads
-        # a sample without any valid key spreads its weights over the padding
-        return [dq, dk, dv if self.valid is None else dv.masked_fill(~self.valid.mT, 0)]
-
-    def _bias(self) -> Tensor | None:
-        if self.valid is None:
-            return None
-        least = torch.finfo(self.q.dtype).min  # finite: a row that is masked whole must not become NaN
-        return self.q.new_zeros(self.valid.shape).masked_fill_(~self.valid, least).expand(-1, 1, self.q.shape[2], -1)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[B, H, rows, D] -> [B * H, rows, D]"""
-    return t.reshape(-1, *t.shape[2:])
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
-
-
-def _terms(x: _Inputs) -> list[_Term]:
-    """The one or two attentions that the CPU computes. Padding, which may hold NaN, is replaced by 0."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in x[:3])  # the blocked kernel does not look
-    terms = [_Term(q, k, v, None, x.scale)]
-    if x.k_ins is not None and x.v_ins is not None:
-        valid, k_ins, v_ins = None, x.k_ins, x.v_ins
-        if x.lengths is not None:
-            valid = (torch.arange(k_ins.shape[2]) < x.lengths[:, None])[:, None, None]
-            k_ins, v_ins = (t.masked_fill(~valid.mT, 0) for t in (k_ins, v_ins))
-        k_ins, v_ins = (t if t.stride(-1) == 1 else t.contiguous() for t in (k_ins, v_ins))
-        terms.append(_Term(q, k_ins, v_ins, valid, x.scale))
-    return terms
+def _kept_on_cpu(x: _Inputs) -> list[Tensor]:
+    """Tensors like those that torch's attention returns for each term: its result and the logarithms of its sums."""
+    B, H, N, D = x.q.shape
+    sums = torch.promote_types(x.q.dtype, torch.float32)
+    like = [((B, N, H, D), x.q.dtype), ((B, N, H), sums)] * (1 if x.k_ins is None else 2)
+    return [x.q.new_empty(shape, dtype=dtype).transpose(1, 2) for shape, dtype in like]
 
 
 def _on_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor, ...]:
-    """As `_on_gpu`, by torch; kept: what each `_Term.forward` returned."""
-    x = _Inputs(*_unpacked(q, k, v, k_ins, v_ins), gate, lengths, scale)
-    if x.lengths is not None and x.k_ins is not None:
-        _check.inside("ins_lengths", x.lengths, 0, x.k_ins.shape[2])
+    """As `_on_gpu`, by torch's attention for CPUs, once for each term; kept: see `_kept_on_cpu`."""
+    if lengths is not None:
+        _check.inside("ins_lengths", lengths, 0, k_ins.shape[1 if k is None else 2])
+    x, _, bias = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
     out = x.q.new_empty(_bnhd(x.q))
-    terms = _terms(x)
     if not out.numel():
-        return out, *_four(x, [t for term in terms for t in term.kept()])
-    kept = [t for term in terms for t in term.forward()]
+        return out, *_four(x, _kept_on_cpu(x))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    first, lse = attend(x.q, x.k, x.v, scale=scale)
     if x.gate is None:
-        out.transpose(1, 2).copy_(kept[0])
-    else:
-        torch.add(kept[0], x.gate.view(-1, 1, 1) * kept[2], out=out.transpose(1, 2))
-    return out, *_four(x, kept)
+        out.transpose(1, 2).copy_(first)
+        return out, *_four(x, [first, lse])
+    second, lse_ins = attend(x.q, x.k_ins, x.v_ins, attn_mask=bias, scale=scale)
+    torch.add(first, x.gate.view(-1, 1, 1) * second, out=out.transpose(1, 2))
+    return out, first, lse, second, lse_ins
 
 
 def _on_cpu_backward(dout, out, a, b, c, d, q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor, ...]:
-    x = _Inputs(*_unpacked(q, k, v, k_ins, v_ins), gate, lengths, scale)
+    x, padding, bias = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
     grads, (dq, dk, dv, dk_ins, dv_ins) = _gradients(q, k, v, k_ins, v_ins, gate)
     if not out.numel():
         return tuple(t.zero_() for t in grads)
-    terms, dout = _terms(x), dout.transpose(1, 2)
-    first = terms[0].backward(dout, a, b)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dout = dout.transpose(1, 2)
+    first = attend(dout, x.q, x.k, x.v, a, b, 0.0, False, scale=scale)
     if x.gate is None:
         for to, found in zip((dq, dk, dv), first, strict=True):
             to.copy_(found)
         return tuple(grads)
     gated = (dout * x.gate.view(-1, 1, 1)).to(dout.dtype)
-    second = terms[1].backward(gated, c, d)
+    second = attend(gated, x.q, x.k_ins, x.v_ins, c, d, 0.0, False, attn_mask=bias, scale=scale)
     torch.add(first[0], second[0], out=dq)
     for to, found in zip((dk, dv, dk_ins, dv_ins), (*first[1:], *second[1:]), strict=True):
         to.copy_(found)
+    if padding is not None:  # a sample without any valid token spreads its weights over the padding
+        for grad in grads[3:5]:
+            if grad.numel():
+                grad.masked_fill_(padding, 0)
     sums = torch.promote_types(dout.dtype, torch.float32)
     dgate_H = (dout.to(sums) * c.to(sums)).sum((0, 2, 3)).float()
     return *grads[:5], dgate_H if len(x.gate) > 1 else dgate_H.sum().view(1)
@@ -704,7 +645,7 @@ def _(q, k, v, k_ins, v_ins, gate, lengths, scale):
     x = _Inputs(*_unpacked(q, k, v, k_ins, v_ins), gate, lengths, scale)
     out = x.q.new_empty(_bnhd(x.q))
     if x.q.device.type == "cpu" and not INTERPRETED:
-        return out, *_four(x, [t for term in _terms(x) for t in term.kept()])
+        return out, *_four(x, _kept_on_cpu(x))
     return out, *_four(x, [x.q.new_empty(_sums(x), dtype=torch.float32)])
 
 

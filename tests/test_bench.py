@@ -85,6 +85,9 @@ def test_no_shipped_configuration_spills():
         assert set(compile_report.COLUMNS) <= set(row)
         assert row["ctas_per_sm"] >= 1
         assert (row["tensor_core"] == "none") == (row["dtype"] == "fp32")
+        if row["dtype"] == "bf16" and row["shape"].endswith("D 64"):
+            assert row["ctas_per_sm"] >= 2
+            assert row["padding"] <= 1.4
 
 
 def test_faults_are_found():
