@@ -14,12 +14,11 @@ PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 demo: install
 	$(BIN)/deepspeed $(RANKS) --master_port $(PORT) recipes/mtl.py --check
 
-# The second run: the GPU's kernels themselves, in Triton's interpreter; test-slow does that at all sizes.
 test: install
 	$(PYTEST) -m "not gpu and not slow" tests
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu and not slow" -k "lengths or nan" tests/test_attention.py
 
-# What takes minutes; among it tests/mutate.py, which plants defects that the tests have to notice.
+# What takes minutes: among it the GPU's kernels in Triton's interpreter, and tests/mutate.py, which plants defects that
+# the tests have to notice.
 test-slow: install
 	$(PYTEST) -m "slow and not gpu" tests
 	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/test_attention.py

@@ -22,6 +22,11 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs t
 NAMES = ("q", "k", "v", "k_ins", "v_ins", "gate")
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
+
+
 def inputs(B=2, H=3, N=17, M=9, D=32, dtype=torch.float32, seed=0, device="cpu"):
     """The six tensors; the gate in float32."""
     generator = torch.Generator().manual_seed(seed)
@@ -409,7 +414,8 @@ def test_reference_is_two_attentions(lengths, scale):
     options = {"scale": scale, "ins_lengths": None if lengths is None else torch.tensor(lengths)}
     got = differentiate(kernels.gated_attention_reference, tensors, weight, **options)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        tolerance = 1e-5 if a.dtype == torch.float32 else 1e-9  # the gate's gradient is summed in float32
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     qkv, kv_ins, gate = packed(tensors)
     out = kernels.gated_attention_packed_reference(qkv, kv_ins, gate, **options)
     torch.testing.assert_close(out.transpose(1, 2), got[0])
