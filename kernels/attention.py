@@ -389,7 +389,11 @@ _TABLE = {
 }
 # architecture -> (pass, bytes of an element, D as a power of 2, at least 32) -> Config. Chosen by compiled code
 # (bench/tune_attention.py, bench/compile_report.py): no spills, then 12 warps on a multiprocessor where that can be.
-CONFIGS: dict[int, dict[tuple[str, int, int], Config]] = {80: _TABLE | {}, 90: _TABLE | {}, 100: _TABLE | {}}
+CONFIGS: dict[int, dict[tuple[str, int, int], Config]] = {
+    80: dict(_TABLE),
+    90: dict(_TABLE),
+    100: _TABLE | {("forward", 2, 64): Config(64, 32, 32, 4, 1), ("forward", 2, 128): Config(32, 32, 16, 4, 1)},
+}
 
 
 def config_of(arch: int, which: str, itemsize: int, D: int) -> Config:
