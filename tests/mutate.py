@@ -314,11 +314,6 @@ MUTANTS = [
         ("not divided by the sum", "return acc / total[:, None], tl.where", "return acc, tl.where"),
         ("logarithm without the maximum", "top + tl.log2(total), 0.0)", "tl.log2(total), 0.0)"),
         (
-            "the last full tile of keys",
-            "full = count // KEYS * KEYS",
-            "full = count // KEYS * KEYS - KEYS * (count > 2 * KEYS)",
-        ),
-        (
             "keys after the full tiles",
             "stride, count, full, count, top, total, acc, scale2, D, BLOCK_D, 16, PRECISION)",
             "stride, count, full, full, top, total, acc, scale2, D, BLOCK_D, 16, PRECISION)",
