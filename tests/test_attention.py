@@ -381,15 +381,16 @@ def test_gates_of_any_type(device):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if INTERPRETED else [])])
 def test_samples_far_apart_in_memory(device):
-    """More than 2**31 elements between two samples of every input, and of the gradient that comes in."""
-    tensors = inputs(N=5, M=3, D=16, device=device)
+    """The third sample of every input, and of the gradient that comes in, 2**31 elements after the first; the stride
+    itself still fits into 32 bits."""
+    tensors = inputs(B=3, N=5, M=3, D=16, device=device)
     weight = torch.randn(tensors[0].shape, device=device)
     want = differentiate(kernels.gated_attention, tensors, weight)
     storage, places = torch.empty(2**31 + 8192, device=device), iter(range(0, 8192, 1024))
 
     def far(t):
         _, _, rows, D = t.shape
-        wide = storage.as_strided(t.shape, (2**31, rows * D, D, 1), next(places))
+        wide = storage.as_strided(t.shape, (2**30, rows * D, D, 1), next(places))
         return wide.copy_(t.detach())
 
     given = [far(t).requires_grad_() for t in tensors[:5]] + tensors[5:]
