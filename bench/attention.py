@@ -12,6 +12,7 @@ Times are for one layer. "floor" is the larger of bytes over bandwidth and FLOPs
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import sys
@@ -127,10 +128,11 @@ def flex(case: Case) -> Tensor:
     """Compiled whole: both calls, gate and addition."""
     if not case.qkv.is_cuda:
         raise NotImplementedError("FlexAttention has no backward on a CPU")
-    return _flex(*case.views, case.gate, case.lengths).transpose(1, 2)
+    return _compiled_flex()(*case.views, case.gate, case.lengths).transpose(1, 2)
 
 
-def _flex(*arguments: Any) -> Tensor:
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
     import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -141,17 +143,8 @@ def _flex(*arguments: Any) -> Tensor:
         second = flex_attention(q, k_ins, v_ins, score_mod=None if lengths is None else masked)
         return flex_attention(q, k, v) + gate.to(q.dtype).view(-1, 1, 1) * second
 
-    if not hasattr(_flex, "compiled"):
-        torch._functorch.config.donated_buffer = False  # a graph is differentiated more than once here
-        _flex.compiled = torch.compile(both, dynamic=False, fullgraph=True)  # type: ignore[attr-defined]
-    return _flex.compiled(*arguments)  # type: ignore[attr-defined]
-
-
-def _forget_flex() -> None:
-    """Graphs are few before torch gives up compiling and runs eagerly: every case starts anew."""
-    torch._dynamo.reset()
-    if hasattr(_flex, "compiled"):
-        del _flex.compiled
+    torch._functorch.config.donated_buffer = False  # a graph is differentiated more than once here
+    return torch.compile(both, dynamic=False, fullgraph=True)
 
 
 def varlen(case: Case) -> Tensor:
@@ -235,7 +228,8 @@ def refusals(case: Case, rivals: dict[str, Callable[[Case], Tensor]]) -> dict[st
 
 def compare(name: str, shape: Shape, batch: int, args: argparse.Namespace, device: torch.device) -> list[dict]:
     """The rows of one shape and batch."""
-    _forget_flex()
+    torch._dynamo.reset()  # after few graphs torch gives up compiling and runs eagerly: every case starts anew
+    _compiled_flex.cache_clear()
     case = case_of(shape, batch, DTYPES[args.dtype], device)
     refused = refusals(case, RIVALS)
     if OURS in refused:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU can show, in one go: build for its architecture, tests, sanitizer, benchmarks, what its compiler
 # makes of the kernels; rows and logs as one tar. Uses the machine's own python ($PYTHON, default python3) with torch,
-# triton, pybind11 and pytest; no network. It ends within 8 minutes, whatever hangs.
+# triton, pybind11 and pytest; no network. COMMIT=... names the commit in the rows where there is no git. It ends within 8 minutes, whatever hangs.
 # Writes gpu-check.tar to $OUT, or to bench/results/ when OUT is not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."

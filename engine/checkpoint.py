@@ -194,7 +194,8 @@ def _state(text: str) -> State:
         raise InputError(f"format {written}, this engine reads up to {FORMAT}; use a newer engine")
     state = State(**values)
     numbers = [state.step, state.world, state.vocabulary, state.skipped, *state.heads.values()]
-    if not all(isinstance(number, int) for number in numbers) or not isinstance(state.streams, list):
+    named = isinstance(state.streams, list) and all(isinstance(name, str) for name in state.streams)
+    if not named or not all(isinstance(number, int) for number in numbers):
         raise InputError("a field has the wrong type")
     return state
 

@@ -547,7 +547,8 @@ def _kept_on_cpu(x: _Inputs) -> list[Tensor]:
 
 
 def _on_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor, ...]:
-    """As `_on_gpu`, by torch's attention for CPUs, once for each term; kept: see `_kept_on_cpu`."""
+    """As `_on_gpu`, by torch's attention for CPUs, once for each term; kept: see `_kept_on_cpu`. ValueError for lengths
+    outside 0..M."""
     if lengths is not None:
         _check.inside("ins_lengths", lengths, 0, k_ins.shape[1 if k is None else 2])
     x, _, bias = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
@@ -565,6 +566,7 @@ def _on_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor,
 
 
 def _on_cpu_backward(dout, out, a, b, c, d, q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor, ...]:
+    """As `_on_gpu_backward`; a, b, c, d: what `_on_cpu` kept."""
     x, padding, bias = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
     grads, (dq, dk, dv, dk_ins, dv_ins) = _gradients(q, k, v, k_ins, v_ins, gate)
     if not out.numel():
@@ -680,12 +682,13 @@ torch.library.register_autograd("kernels::gated_attention_backward", _refuse, li
 
 
 def _autocast(q: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under autocast all in its type."""
+    """Under autocast all in its type, but for float64, as torch's own operators."""
     device = q.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return q, *tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (q, *tensors))
+    low = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in (q, *tensors))
 
 
 def _call(q, k, v, k_ins, v_ins, gate, lengths, scale: float | None, tokens: int) -> Tensor:

@@ -344,6 +344,8 @@ def test_autocast_decides_the_type(device):
         pytest.skip("the interpreter has no bfloat16 products")
     with torch.autocast(device, torch.bfloat16):
         got = differentiate(kernels.gated_attention, tensors, torch.ones(tensors[0].shape, device=device))
+        mixed = kernels.gated_attention(tensors[0].bfloat16(), *tensors[1:])
+    assert torch.equal(mixed, got[0])
     low = [t.detach().bfloat16().requires_grad_() for t in tensors[:5]] + tensors[5:]
     want = differentiate(kernels.gated_attention, low, torch.ones(tensors[0].shape, device=device))
     assert got[0].dtype == torch.bfloat16

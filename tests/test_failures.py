@@ -345,6 +345,7 @@ def change(file: Path, **values) -> None:
         (lambda c: build_tokenizer(iter(["a b"])).save(str(c / "tokenizer.json")), "tokenizer.json: .*tokens, but"),
         (lambda c: change(c / "state.json", format=99), "state.json: .*format 99.*newer engine"),
         (lambda c: change(c / "state.json", heads={"trad/market1501": "many"}), "state.json: .*wrong type"),
+        (lambda c: change(c / "state.json", streams=[1]), "state.json: .*wrong type"),
     ],
 )
 def test_checkpoints_of_something_else(copy, damage, message):
