@@ -38,9 +38,3 @@ def integers(name: str, tensor: Tensor, count: int) -> None:
     shape(name, tensor, (count,), "[B]")
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer dtype, got {tensor.dtype}")
-
-
-def inside(name: str, tensor: Tensor, least: int, most: int) -> None:
-    """Values in least..most. For the CPU only: a GPU would have to wait for the answer."""
-    if tensor.numel() and not (int(tensor.min()) >= least and int(tensor.max()) <= most):
-        raise ValueError(f"{name}: expected values in {least}..{most}, got {int(tensor.min())}..{int(tensor.max())}")

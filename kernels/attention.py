@@ -521,21 +521,49 @@ def _gpu_backward(x: _Inputs, dout: Tensor, out: Tensor, lse: Tensor, grads: lis
     return dgate
 
 
-def _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[_Inputs, Tensor | None, Tensor | None]:
-    """The arguments with 0 for padding, which may hold NaN; True where an instruction token is padding, in the shape of
-    k_ins; what the scores of padding get added, [B, 1, N, M]."""
-    padding = bias = None
-    if lengths is not None:
-        packed = k is None
-        padding_BM = torch.arange(k_ins.shape[1 if packed else 2]) >= lengths[:, None]
-        padding = padding_BM[:, :, None, None, None] if packed else padding_BM[:, None, :, None]
-        k_ins, v_ins = (t if t is None else t.masked_fill(padding, 0) for t in (k_ins, v_ins))
-        least = torch.finfo(q.dtype).min  # finite: a row that is masked whole must not become NaN
-        bias = q.new_zeros(padding_BM.shape).masked_fill_(padding_BM, least)[:, None, None]
-        bias = bias.expand(-1, 1, q.shape[1 if packed else 2], -1)
+# N M H D of one sample above which a call of its own, without its padding, is faster than a share of a masked call
+OWN_CALL = 1 << 21
+
+
+class _Run(NamedTuple):
+    """Consecutive samples whose instructions one call of torch's attention takes: the first `tokens` of each; bias:
+    what the scores get added, -inf for padding."""
+
+    samples: slice
+    tokens: int
+    bias: Tensor | None
+
+
+def _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[_Inputs, list[_Run]]:
+    """The arguments, and the calls for the second term. Padding may hold anything: a call of its own does not read it,
+    in a masked call 0 stands for it unless it is harmless. ValueError for lengths outside 0..M."""
     five = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in _unpacked(q, k, v, k_ins, v_ins))
     q, k, v, k_ins, v_ins = five
-    return _Inputs(q, k, v, k_ins, v_ins, gate, lengths, scale), padding, bias
+    x = _Inputs(q, k, v, k_ins, v_ins, gate, lengths, scale)
+    if x.k_ins is None or x.v_ins is None:
+        return x, []
+    B, H, N, D = x.q.shape
+    M = x.k_ins.shape[2]
+    if lengths is None or not B:
+        return x, [_Run(slice(0, B), M, None)]
+    counts = lengths.tolist()
+    if min(counts) < 0 or max(counts) > M:
+        raise ValueError(f"ins_lengths: expected values in 0..{M}, got {min(counts)}..{max(counts)}")
+    starts = [i for i in range(B) if not i or counts[i] != counts[i - 1]]
+    if len(starts) == 1 or N * M * H * D > OWN_CALL:
+        ends = [*starts[1:], B]
+        return x, [_Run(slice(i, j), counts[i], None) for i, j in zip(starts, ends, strict=True)]
+    padding_BM = torch.arange(M) >= lengths[:, None]
+    if not (_harmless(x.k_ins) and _harmless(x.v_ins)):
+        x = x._replace(**{at: getattr(x, at).masked_fill(padding_BM[:, None, :, None], 0) for at in ("k_ins", "v_ins")})
+    bias_BM = x.q.new_zeros(B, M).masked_fill_(padding_BM, float("-inf"))
+    return x, [_Run(slice(0, B), M, bias_BM[:, None, None].expand(-1, 1, N, -1))]
+
+
+def _harmless(tensor: Tensor) -> bool:
+    """No NaN, nothing infinite and nothing that a product with a query could make so."""
+    low, high = torch.aminmax(tensor)
+    return low.item() > -1e18 and high.item() < 1e18
 
 
 def _kept_on_cpu(x: _Inputs) -> list[Tensor]:
@@ -547,11 +575,8 @@ def _kept_on_cpu(x: _Inputs) -> list[Tensor]:
 
 
 def _on_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor, ...]:
-    """As `_on_gpu`, by torch's attention for CPUs, once for each term; kept: see `_kept_on_cpu`. ValueError for lengths
-    outside 0..M."""
-    if lengths is not None:
-        _check.inside("ins_lengths", lengths, 0, k_ins.shape[1 if k is None else 2])
-    x, _, bias = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
+    """As `_on_gpu`, by torch's attention for CPUs, for each term apart; kept: see `_kept_on_cpu`."""
+    x, runs = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
     out = x.q.new_empty(_bnhd(x.q))
     if not out.numel():
         return out, *_four(x, _kept_on_cpu(x))
@@ -560,33 +585,54 @@ def _on_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor,
     if x.gate is None:
         out.transpose(1, 2).copy_(first)
         return out, *_four(x, [first, lse])
-    second, lse_ins = attend(x.q, x.k_ins, x.v_ins, attn_mask=bias, scale=scale)
-    torch.add(first, x.gate.view(-1, 1, 1) * second, out=out.transpose(1, 2))
+    if len(runs) == 1 and runs[0].tokens:
+        second, lse_ins = attend(x.q, *_instructions(x, runs[0]), attn_mask=runs[0].bias, scale=scale)
+    else:
+        second, lse_ins = _kept_on_cpu(x)[2:]
+        for run in runs:
+            if run.tokens:
+                found = attend(x.q[run.samples], *_instructions(x, run), scale=scale)
+                second[run.samples], lse_ins[run.samples] = found
+            else:
+                second[run.samples], lse_ins[run.samples] = 0, 0
+    torch.addcmul(first, x.gate.view(-1, 1, 1), second, out=out.transpose(1, 2))
     return out, first, lse, second, lse_ins
+
+
+def _instructions(x: _Inputs, run: _Run) -> tuple[Tensor, Tensor]:
+    """K', V' that a call sees."""
+    assert x.k_ins is not None
+    assert x.v_ins is not None
+    return x.k_ins[run.samples, :, : run.tokens], x.v_ins[run.samples, :, : run.tokens]
 
 
 def _on_cpu_backward(dout, out, a, b, c, d, q, k, v, k_ins, v_ins, gate, lengths, scale: float) -> tuple[Tensor, ...]:
     """As `_on_gpu_backward`; a, b, c, d: what `_on_cpu` kept."""
-    x, padding, bias = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
+    x, runs = _for_cpu(q, k, v, k_ins, v_ins, gate, lengths, scale)
     grads, (dq, dk, dv, dk_ins, dv_ins) = _gradients(q, k, v, k_ins, v_ins, gate)
     if not out.numel():
         return tuple(t.zero_() for t in grads)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     dout = dout.transpose(1, 2)
-    first = attend(dout, x.q, x.k, x.v, a, b, 0.0, False, scale=scale)
+    dq_first, dk_first, dv_first = attend(dout, x.q, x.k, x.v, a, b, 0.0, False, scale=scale)
+    dk.copy_(dk_first)
+    dv.copy_(dv_first)
     if x.gate is None:
-        for to, found in zip((dq, dk, dv), first, strict=True):
-            to.copy_(found)
+        dq.copy_(dq_first)
         return tuple(grads)
     gated = (dout * x.gate.view(-1, 1, 1)).to(dout.dtype)
-    second = attend(gated, x.q, x.k_ins, x.v_ins, c, d, 0.0, False, attn_mask=bias, scale=scale)
-    torch.add(first[0], second[0], out=dq)
-    for to, found in zip((dk, dv, dk_ins, dv_ins), (*first[1:], *second[1:]), strict=True):
-        to.copy_(found)
-    if padding is not None:  # a sample without any valid token spreads its weights over the padding
-        for grad in grads[3:5]:
-            if grad.numel():
-                grad.masked_fill_(padding, 0)
+    for run in runs:
+        at, n = run.samples, run.tokens
+        if n:
+            given = gated[at], x.q[at], *_instructions(x, run), c[at], d[at]
+            dq_second, dk_ins[at, :, :n], dv_ins[at, :, :n] = attend(
+                *given, 0.0, False, attn_mask=run.bias, scale=scale
+            )
+            torch.add(dq_first[at], dq_second, out=dq[at])
+        else:
+            dq[at] = dq_first[at]
+        for grad in (dk_ins, dv_ins):
+            grad[at, :, n:] = 0
     sums = torch.promote_types(dout.dtype, torch.float32)
     dgate_H = (dout.to(sums) * c.to(sums)).sum((0, 2, 3)).float()
     return *grads[:5], dgate_H if len(x.gate) > 1 else dgate_H.sum().view(1)

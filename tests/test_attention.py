@@ -27,6 +27,12 @@ def _same_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["one masked call", pytest.param("a call for each length", marks=not_interpreted)])
+def _calls(request, monkeypatch):
+    """Both ways in which the CPU treats lengths; the kernels have one."""
+    monkeypatch.setattr(attention, "OWN_CALL", 1 << 60 if request.param == "one masked call" else 0)
+
+
 def inputs(B=2, H=3, N=17, M=9, D=32, dtype=torch.float32, seed=0, device="cpu"):
     """The six tensors; the gate in float32."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,6 +121,7 @@ def test_error_budget_of_gates(gate, heads, device, dtype):
     within_budget(tensors, [7, 3])
 
 
+@pytest.mark.usefixtures("_calls")
 @everywhere
 @pytest.mark.parametrize("lengths", [[70, 0, 1, 33], [16, 17, 64, 65], [0, 0, 0, 0]])
 def test_error_budget_of_lengths(lengths, device, dtype):
@@ -124,6 +131,7 @@ def test_error_budget_of_lengths(lengths, device, dtype):
         assert (ours[5][b, :, length:] == 0).all()
 
 
+@pytest.mark.usefixtures("_calls")
 @everywhere
 @pytest.mark.parametrize("scale", [0.3, -0.2])
 def test_error_budget_of_another_scale(scale, device, dtype):
@@ -215,15 +223,18 @@ def test_gate_zero_is_plain_attention_and_can_open(device, dtype):
     assert (got[5] == 0).all()
 
 
+@pytest.mark.usefixtures("_calls")
+@pytest.mark.parametrize("anything", ["nan", "-inf", "largest"])
 @everywhere
-def test_padding_may_hold_nan(device, dtype):
+def test_padding_may_hold_anything(anything, device, dtype):
     tensors = inputs(B=4, N=20, M=40, dtype=dtype, device=device)
     lengths = torch.tensor([40, 0, 1, 17], device=device)
     weight = torch.randn(tensors[0].shape, device=device)
     want = differentiate(kernels.gated_attention, tensors, weight, ins_lengths=lengths)
+    number = torch.finfo(dtype).max if anything == "largest" else float(anything)
     with torch.no_grad():
         for b, length in enumerate(lengths.tolist()):
-            tensors[3][b, :, length:] = tensors[4][b, :, length:] = torch.nan
+            tensors[3][b, :, length:] = tensors[4][b, :, length:] = number
     got = differentiate(kernels.gated_attention, tensors, weight, ins_lengths=lengths)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     for grad in got[4:6]:
@@ -234,6 +245,7 @@ def test_padding_may_hold_nan(device, dtype):
         assert torch.equal(got[0][1:2], plain[0])
 
 
+@pytest.mark.usefixtures("_calls")
 @everywhere
 def test_same_bits_again_and_in_any_order_of_samples(device, dtype):
     tensors = inputs(B=5, N=34, M=20, dtype=dtype, device=device)
