@@ -258,7 +258,7 @@ def compare(name: str, shape: Shape, batch: int, args: argparse.Namespace, devic
                 row = {**same, "rival": rival, "pass": which, "flush": flush, "times_ours": ratio[rival]}
                 median = statistics.median(seconds[rival])
                 if device.type == "cuda":
-                    row |= {"us": 1e6 * median, "peak_mb": (measure.peak_bytes(runs[rival], device) or 0) / 2**20}
+                    row |= {"us": 1e6 * median, "peak_mb": measure.peak_bytes(runs[rival], device) / 2**20}
                     row |= _against_floor(which, batch, shape, case, row["us"])
                 else:
                     row |= {"cpu_ms": 1e3 * median}

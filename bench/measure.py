@@ -6,6 +6,7 @@ else the machine does hits all of them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -93,17 +94,27 @@ def ratios(seconds: dict[str, list[float]], ours: str) -> dict[str, float]:
     }
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Device memory that a run needs beyond what is there before it; None on the CPU, which does not tell."""
-    if device.type != "cuda":
-        return None
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Memory that a run needs at its peak beyond what is there before it: of the device, or on a CPU of the process."""
     run()
+    if device.type != "cuda":
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        run()
+        return _resident("VmHWM") - before
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _resident(what: str) -> int:
+    """Bytes of the process's memory: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
