@@ -37,7 +37,7 @@ from torch import Tensor
 from kernels import _check
 from kernels._library import INTERPRETED, device_of
 
-BLOCK = 1 << 20  # distances of a block: 4 MB of float32, which stay in a cache
+BLOCK = {"cpu": 1 << 19, "cuda": 1 << 22}  # distances of a block, which should stay in a cache
 GATHERED = 1 << 18  # features of a block of pairs
 COLUMNS = 128  # distances that a program of the GPU's kernel handles at a time, for each of its
 ROWS = 4  # anchors
@@ -131,9 +131,7 @@ def _blocks(rows: slice, weight: int, budget: int) -> Iterator[slice]:
 def _relatedness(instructions: Tensor, groups: _Groups, dtype: torch.dtype, raw: bool) -> Tensor:
     """Eq. 6 of each sample and those of its identity: [N, K]; 0 for absent ones."""
     (N, K), E = groups.others.shape, instructions.shape[1]
-    lengths, beta = (instructions.new_empty(shape, dtype=dtype) for shape in ((N,), (N, K)))
-    for rows in _blocks(slice(0, N), E, GATHERED):
-        lengths[rows] = instructions[rows].to(dtype).square().sum(1).sqrt()
+    lengths, beta = _squares(instructions[None])[0].to(dtype).sqrt(), instructions.new_empty(N, K, dtype=dtype)
     for rows in _blocks(slice(0, N), K * E, GATHERED):
         others = _gathered(instructions[None], groups.others[None, rows])[0].to(dtype)
         beta[rows] = (instructions[rows, None].to(dtype) @ others.mT)[:, 0]
@@ -149,6 +147,15 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
     return x.view(S * N, D).index_select(0, flat).view(*index.shape, D)
 
 
+def _squares(x: Tensor) -> Tensor:
+    """Squared lengths of x [S, N, D]: [S, N], at least of 32 bits."""
+    S, N, D = x.shape
+    out = x.new_empty(S, N, dtype=torch.promote_types(x.dtype, torch.float32))
+    for rows in _blocks(slice(0, N), S * D, GATHERED):
+        torch.sum(x[:, rows].to(out.dtype).square(), 2, out=out[:, rows])
+    return out
+
+
 def _to_others(x: Tensor, index: Tensor, squared: bool) -> Tensor:
     """Distances from each sample to those of index [S, N, k]: [S, N, k], from differences."""
     S, N, D = x.shape
@@ -159,14 +166,12 @@ def _to_others(x: Tensor, index: Tensor, squared: bool) -> Tensor:
     return d if squared else d.sqrt_()
 
 
-def _pull(x: Tensor, rows: slice, index: Tensor, weight: Tensor) -> Tensor:
-    """sum_k weight_k (x_a - x_k) for the anchors in rows, R of them, and index, weight [S, R, k]: [S, R, D]."""
-    out = torch.empty_like(x[:, rows])
+def _add_pull(out: Tensor, x: Tensor, rows: slice, index: Tensor, weight: Tensor) -> None:
+    """out [S, N, D] += sum_k weight_k (x_k - x_a) for the anchors in rows, R of them; index, weight [S, R, k]."""
     for block in _blocks(rows, len(x) * index.shape[2] * x.shape[2], GATHERED):
         at = slice(block.start - rows.start, block.stop - rows.start)
         difference = _gathered(x, index[:, at]).sub_(x[:, block, None])
-        out[:, at] = (weight[:, at, None] @ difference)[:, :, 0]
-    return out.neg_()
+        out[:, block] += (weight[:, at, None] @ difference)[:, :, 0]
 
 
 class _Sweep(NamedTuple):
@@ -203,7 +208,7 @@ def _sweep_on_cpu(
         d.scatter_(2, same, sign * torch.inf)
         if not u.numel() or bool((sign * u).max() <= (sign * d).min()):
             continue  # no triplet costs anything, neither of these anchors nor with them
-        for ks in _blocks(slice(0, u.shape[1]), d.numel(), BLOCK):
+        for ks in _blocks(slice(0, u.shape[1]), d.numel(), BLOCK[d.device.type]):
             own, theirs = u[:, ks, anchors, None], u[:, ks, None]
             term = (own - d[:, None] if sign > 0 else d[:, None] - own).clamp_(min=0)
             loss += term.sum((1, 3))
@@ -331,7 +336,7 @@ def _all_triplets(
     u = d + margin * beta
     loss, active, weight = d.new_zeros(S, N), torch.zeros(S, N, dtype=torch.int64, device=x.device), torch.zeros_like(d)
     counted = ((beta.abs() > tie) & groups.present).sum(1) * (N - groups.size)
-    for js in _blocks(slice(0, K), S * N * K, BLOCK):  # two references of the anchor's identity
+    for js in _blocks(slice(0, K), S * N * K, BLOCK[x.device.type]):  # two references of the anchor's identity
         ahead = (beta[:, :, None] - beta[:, None, js] > tie) & groups.present[:, :, None] & groups.present[:, None, js]
         term = (u[:, :, :, None] - u[:, :, None, js]).clamp_(min=0).masked_fill_(~ahead, 0)
         positive = term > 0
@@ -343,15 +348,15 @@ def _all_triplets(
     counts = groups.present & (beta > tie), groups.present & (beta < -tie)
     up = torch.stack([u.masked_fill(~counts[side], (-1) ** (side + 1) * torch.inf).mT for side in range(1 + raw)])
     everyone = torch.arange(N, device=x.device)
-    blocks: list[slice | Tensor] = list(_blocks(rows, S * N, BLOCK))
+    blocks: list[slice | Tensor] = list(_blocks(rows, S * N, BLOCK[x.device.type]))
     asked, further = len(blocks), everyone[:0]
     if rows != slice(0, N) and (whole or gradient):
         wanted = torch.full((N,), whole, dtype=torch.bool, device=x.device)
         wanted[groups.others[rows].flatten()] = True  # who shares an identity with rows pulls at them as well
         wanted[rows] = False
         further = everyone[wanted]
-    blocks += [further[block] for block in _blocks(slice(0, len(further)), S * N, BLOCK)]
-    squares, result = x.square().sum(2), torch.zeros_like(x) if gradient else None
+    blocks += [further[block] for block in _blocks(slice(0, len(further)), S * N, BLOCK[x.device.type])]
+    squares, result = _squares(x), torch.zeros_like(x) if gradient else None
     sweep = _sweep_on_gpu if x.is_cuda or INTERPRETED else _sweep_on_cpu
     for turn, block in enumerate(blocks):
         products = x[:, block] @ x.mT
@@ -365,7 +370,7 @@ def _all_triplets(
     if result is not None:
         index, sets = groups.others[rows].expand(S, -1, -1), torch.arange(S, device=x.device)[:, None, None]
         both = weight[:, rows] + weight[sets, index, groups.back[rows]].masked_fill_(~groups.present[rows], 0)
-        result[:, rows] -= _pull(x, rows, index, both if squared else both * _halves(d[:, rows]))
+        _add_pull(result, x, rows, index, both if squared else both * _halves(d[:, rows]))
         result *= -2
     return _Result(loss, counted.expand(S, N), active, result)
 
@@ -381,8 +386,8 @@ def _hard_triplets(
     """`_hard_reference` for every anchor; at equal distances the sample with the lower number is taken."""
     (S, N, D), K = x.shape, beta.shape[1]
     to_same = _to_others(x, groups.others.expand(S, -1, -1), squared)
-    squares, nearest = x.square().sum(2), torch.zeros(S, N, dtype=torch.int64, device=x.device)
-    for rows in _blocks(slice(0, N), S * N, BLOCK):
+    squares, nearest = _squares(x), torch.zeros(S, N, dtype=torch.int64, device=x.device)
+    for rows in _blocks(slice(0, N), S * N, BLOCK[x.device.type]):
         anchors = torch.arange(rows.start, rows.stop, device=x.device)
         d = _distances(x[:, rows] @ x.mT, squares, anchors, squared)
         d.scatter_(2, torch.cat([groups.others[rows], anchors[:, None]], 1).expand(S, -1, -1), torch.inf)
@@ -410,7 +415,8 @@ def _hard_triplets(
         moved, pushed = 0.1 * sign * (pair > 0), (push > 0).to(d.dtype)
         weight = torch.stack([moved + pushed, -moved, -pushed], 2)
         weight = 2 * (weight if squared else weight * _halves(d))
-        result = _pull(x, slice(0, N), edges, weight)
+        result = torch.zeros_like(x)
+        _add_pull(result, x, slice(0, N), edges, -weight)
         for rows in _blocks(slice(0, N), 3 * S * D, GATHERED):
             back = weight[:, rows, :, None] * (_gathered(x, edges[:, rows]) - x[:, rows, None])
             _add_rows(result, edges[:, rows], back)
@@ -479,23 +485,23 @@ def _save(ctx, inputs, output) -> None:
     ctx.gradient = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[3])
+    ctx.save_for_backward(output[3], inputs[0])
 
 
 def _differentiate(ctx, dloss, *_):
-    (gradient,) = ctx.saved_tensors
+    gradient, features = ctx.saved_tensors
     if dloss is None:
         return (None,) * 12
     if not ctx.gradient:
         raise RuntimeError("adaptive_triplet: the gradient was not asked for when the loss was made")
-    return _Scaled.apply(gradient, dloss), *(None,) * 11
+    return _Scaled.apply(gradient, dloss, features), *(None,) * 11
 
 
 class _Scaled(torch.autograd.Function):
-    """gradient [S, N, D] * dloss [S], with a clear error instead of a wrong second derivative."""
+    """gradient [S, N, D] * dloss [S]; it depends on the features, but how is not known: a clear error, not silence."""
 
     @staticmethod
-    def forward(ctx, gradient, dloss):
+    def forward(ctx, gradient, dloss, features):
         return gradient * dloss[:, None, None]
 
     @staticmethod

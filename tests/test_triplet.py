@@ -1,17 +1,35 @@
-"""Adaptive triplet loss against explicit loops in float64 and the recorded values of the released code."""
+"""Adaptive triplet loss against explicit loops in float64 and the recorded values of the released code, on the CPU, on
+a GPU, and, with TRITON_INTERPRET=1 in the environment, with the GPU's kernel in Triton's interpreter."""
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import kernels
+from kernels import triplet
+from kernels._library import INTERPRETED
 
 DATA = Path(__file__).parent / "data"
+
+
+READINGS = list(itertools.product(["squared", "euclidean"], ["clamp", "raw"], ["mean", "active"]))
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture(params=["whole", "in blocks"])
+def _blocks(request, monkeypatch):
+    """Everything at once, or a few samples, pairs and columns at a time."""
+    if request.param == "in blocks":
+        for name, size in (("BLOCK", {"cpu": 45, "cuda": 45}), ("GATHERED", 50), ("COLUMNS", 8)):
+            monkeypatch.setattr(triplet, name, size)
 
 
 def batch(identities=(4, 4, 3, 1, 2), D=12, E=6, seed=0, spread=0.4):
@@ -45,22 +63,96 @@ def brute_force(x, labels, t, margin=0.3, distance="squared", negative="clamp", 
     return total / max(counted if reduction == "mean" else active, 1), counted, active
 
 
-@pytest.mark.parametrize("distance", ["squared", "euclidean"])
-@pytest.mark.parametrize("negative", ["clamp", "raw"])
-@pytest.mark.parametrize("reduction", ["mean", "active"])
-@pytest.mark.parametrize("function", [kernels.adaptive_triplet, kernels.adaptive_triplet_reference])
-def test_all_triplets_equal_the_loop(function, distance, negative, reduction):
-    x, labels, t = batch()
+def clustered():
+    x, labels, t = batch((5, 4, 3))
+    centres = torch.randn(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return centres[labels] + 0.05 * x, labels, t
+
+
+def tied():
+    """Whole numbers: many distances and similarities are equal."""
+    x, labels, t = batch((4, 4, 4), D=3)
+    return (2 * x).round(), labels, t.sign() + 2
+
+
+def opposed():
+    """Similarities within an identity on both sides of 0."""
+    x, labels, t = batch((4, 3, 3), E=2)
+    return x, labels, t * torch.tensor([1.0, 0.1])
+
+
+CASES = {
+    "random": batch,
+    "one identity": lambda: batch((7,)),
+    "pairs and singles": lambda: batch((2, 1, 2, 1, 1)),
+    "all alone": lambda: batch((1, 1, 1, 1)),
+    "clustered": clustered,
+    "tied": tied,
+    "opposed": opposed,
+    "no instructions": lambda: (*batch((3, 3, 2))[:2], torch.zeros(8, 4, dtype=torch.float64)),
+}
+
+
+@pytest.mark.usefixtures("_blocks")
+@devices
+@pytest.mark.parametrize(("distance", "negative", "reduction"), READINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_all_triplets_equal_the_loop(case, distance, negative, reduction, device):
+    x, labels, t = CASES[case]()
+    sets = torch.stack([x, 0.5 * x.flip(0)]).requires_grad_()
+    want = [brute_force(one, labels, t, 0.3, distance, negative, reduction) for one in sets]
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    want_grad = torch.zeros_like(sets)
+    for weight, (loss, _, active) in zip(weights, want, strict=True):
+        if active:
+            want_grad += torch.autograd.grad(weight * loss, sets)[0]
     options = {"distance": distance, "negative_similarity": negative, "reduction": reduction}
+    on = [tensor.to(device) for tensor in (labels, t)]
+    inside = sets.detach().to(device).requires_grad_()
+    got, stats = kernels.adaptive_triplet(inside, *on, **options, return_stats=True)
+    for number, (loss, counted, active) in enumerate(want):
+        assert abs(got[number].item() - float(torch.as_tensor(loss).detach())) < 1e-10
+        assert (int(stats["counted"][number]), int(stats["active"][number])) == (counted, active)
+    grad = torch.autograd.grad((got * weights.to(device)).sum(), inside)[0]
+    torch.testing.assert_close(grad.cpu(), want_grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("distance", "negative", "reduction"), READINGS)
+@pytest.mark.parametrize("case", ["random", "opposed", "clustered"])
+def test_reference_equals_the_loop(case, distance, negative, reduction):
+    x, labels, t = CASES[case]()
     x.requires_grad_()
-    want, counted, active = brute_force(x, labels, t, 0.3, distance, negative, reduction)
-    want_grad = torch.autograd.grad(want, x)[0]
-    got = function(x, labels, t, **options)
+    want = brute_force(x, labels, t, 0.3, distance, negative, reduction)[0]
+    options = {"distance": distance, "negative_similarity": negative, "reduction": reduction}
+    got = kernels.adaptive_triplet_reference(x, labels, t, **options)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(got, x)[0], want_grad, rtol=1e-8, atol=1e-10)
-    if function is kernels.adaptive_triplet:
-        stats = function(x, labels, t, **options, return_stats=True)[1]
-        assert (int(stats["counted"]), int(stats["active"])) == (counted, active)
+    for a, b in zip(*(torch.autograd.grad(loss, x) for loss in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("mining", ["all", "hard"])
+def test_reference_by_finite_differences(mining):
+    x, labels, t = batch((3, 2, 2))
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: kernels.adaptive_triplet_reference(x, labels, t, mining=mining), x)
+
+
+@devices
+@pytest.mark.parametrize("mining", ["all", "hard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_few_bits_cost_only_rounding(mining, dtype, device):
+    """Against float64 on the same rounded features: what is computed in float32 is, but for its result, exact."""
+    x, labels, t = batch((4,) * 12, D=64)
+    x = F.normalize(x, dim=-1).to(dtype)
+    runs = []
+    for kind in (torch.float64, dtype):
+        inside = x.to(device, kind).requires_grad_()
+        loss = kernels.adaptive_triplet(inside, labels.to(device), t.float().to(device), mining=mining)
+        runs.append((loss, torch.autograd.grad(loss, inside)[0]))
+    for got, want in zip(runs[1], runs[0], strict=True):
+        assert got.dtype == dtype
+        error = (got.double() - want).norm() / want.norm()
+        assert error < 20 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
 
 
 def test_fixed_sentences_tie_so_only_identity_counts():
@@ -140,15 +232,117 @@ def test_degenerate_batches_are_finite(mining, identities):
         assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all()
 
 
+@devices
 @pytest.mark.parametrize("mining", ["all", "hard"])
-def test_feature_sets_and_rows_add_up(mining):
-    x, labels, t = batch()
+def test_each_feature_set_is_one_of_its_own(mining, device):
+    x, labels, t = (tensor.to(device) for tensor in batch())
     sets = torch.stack([x, 2 * x, x.flip(0)])
     losses = kernels.adaptive_triplet(sets, labels, t, mining=mining)
     for loss, one in zip(losses, sets, strict=True):
-        assert torch.equal(loss, kernels.adaptive_triplet(one, labels, t, mining=mining))
-    parts = [kernels.adaptive_triplet(x, labels, t, mining=mining, rows=rows) for rows in ((0, 5), (5, 14))]
-    torch.testing.assert_close(sum(parts), losses[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(loss, kernels.adaptive_triplet(one, labels, t, mining=mining), rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("_blocks")
+@devices
+@pytest.mark.parametrize("reduction", ["mean", "active"])
+@pytest.mark.parametrize(("mining", "negative"), [("all", "clamp"), ("all", "raw"), ("hard", "clamp")])
+def test_rows_add_up_to_the_whole(mining, negative, reduction, device):
+    """Cut through identities: losses and counts add up, each share has the whole loss's gradient in its rows."""
+    x, labels, t = (tensor.to(device) for tensor in batch())
+    x.requires_grad_()
+    options = {"mining": mining, "negative_similarity": negative, "reduction": reduction, "return_stats": True}
+    want, stats = kernels.adaptive_triplet(x, labels, t, **options)
+    whole = torch.autograd.grad(want, x)[0]
+    total, counted, active, gradient = 0, 0, 0, torch.zeros_like(x)
+    for rows in ((0, 5), (5, 5), (5, 6), (6, 14)):
+        loss, found = kernels.adaptive_triplet(x, labels, t, rows=rows, **options)
+        grad = torch.autograd.grad(loss, x)[0]
+        assert not grad[: rows[0]].any()
+        assert not grad[rows[1] :].any()
+        total, counted, active = total + loss, counted + found["counted"], active + found["active"]
+        gradient += grad
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, whole, rtol=1e-12, atol=1e-14)
+    assert (counted, active) == (stats["counted"], stats["active"])
+
+
+@devices
+@pytest.mark.parametrize("mining", ["all", "hard"])
+def test_same_bits_again(mining, device):
+    x, labels, t = (tensor.float().to(device) for tensor in batch((4,) * 40, D=96))
+    x.requires_grad_()
+    runs = []
+    for _ in range(5):
+        loss = kernels.adaptive_triplet(x, labels.long(), t, mining=mining)
+        runs.append((loss, torch.autograd.grad(loss, x)[0]))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@devices
+@pytest.mark.parametrize("mining", ["all", "hard"])
+@pytest.mark.parametrize("row", [0, 13])
+def test_a_feature_that_is_no_number_shows(mining, row, device):
+    """Also of a sample that is nobody's positive."""
+    x, labels, t = (tensor.to(device) for tensor in batch((4, 4, 4, 1, 1)))
+    x[int((labels == (3 if row else 0)).nonzero()[0])] = torch.nan
+    assert torch.isnan(kernels.adaptive_triplet(x, labels, t, mining=mining))
+
+
+@devices
+@pytest.mark.parametrize("mining", ["all", "hard"])
+def test_operator_registration(mining, device):
+    x, labels, t = (tensor.to(device) for tensor in batch())
+    options = (0.3, mining, "squared", "clamp", "mean", 1e-3, 0, 14, True)
+    arguments = x[None].requires_grad_(), labels, t, *options
+    torch.library.opcheck(torch.ops.kernels.adaptive_triplet.default, arguments)
+
+
+@devices
+def test_compiles_whole(device):
+    x, labels, t = (tensor.to(device) for tensor in batch())
+    x.requires_grad_()
+
+    def run(x):
+        return kernels.adaptive_triplet(F.normalize(x, dim=-1), labels, t).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(*((f(x), torch.autograd.grad(f(x), x)[0]) for f in (compiled, run)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@devices
+def test_autocast_changes_nothing(device):
+    x, labels, t = (tensor.to(device) for tensor in batch((4,) * 5))
+    x = x.float().requires_grad_()
+    want = kernels.adaptive_triplet(x, labels, t)
+    with torch.autocast(device, torch.bfloat16):
+        got = kernels.adaptive_triplet(x, labels, t)
+    assert torch.equal(got, want)
+
+
+@devices
+def test_a_second_derivative_is_refused(device):
+    x, labels, t = (tensor.to(device) for tensor in batch())
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(kernels.adaptive_triplet(x, labels, t), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is slow")
+def test_memory_grows_with_samples_not_with_their_square():
+    """Beyond the gradient: at most 64 MiB at 8192 samples of 768 features, where one matrix would take 256."""
+    code = """
+import torch, kernels
+from bench import measure, triplet
+case = triplet.case_of(8192, torch.device("cpu"))
+print(measure.peak_bytes(lambda: triplet.with_gradient(triplet.ours, case), torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) - 8192 * 768 * 4 < 64 << 20
 
 
 @pytest.mark.parametrize(
