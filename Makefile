@@ -21,7 +21,7 @@ test: install
 # the tests have to notice.
 test-slow: install
 	$(PYTEST) -m "slow and not gpu" tests
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/test_attention.py
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/test_attention.py tests/test_triplet.py
 
 check: install
 	$(BIN)/ruff check .

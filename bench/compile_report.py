@@ -99,6 +99,39 @@ def attention_padding(shape: Shape) -> float:
     return N * (N + M) * D / (shape.N * (shape.N + shape.M) * shape.D)
 
 
+def triplet_rows() -> list[tuple[dict[str, Any], Job]]:
+    """The sweep over a block of one matrix product. bytes: the block read once for each same-identity sample and twice
+    besides, and written once, as far as it is not in a cache; flops: those of the two products around it."""
+    from kernels import triplet
+
+    names = triplet._sweep.arg_names
+    N, K, D = 8192, 3, 768
+    R = triplet.BLOCK["cuda"] // N
+    rows = []
+    for arch, chip in ARCHS.items():
+        for dtype, itemsize in (("fp32", 4), ("fp64", 8)):
+            for signs, squared in ((1, True), (2, False)):
+                constants = {"SIGNS": signs, "SQUARED": squared, "ROWS": triplet.ROWS, "COLUMNS": triplet.COLUMNS}
+                types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("ANCHORS", "LABELS", "ACTIVE"), "*i64")
+                types |= dict.fromkeys(("S", "R", "N", "K"), "i32")
+                aligned = frozenset(name for name in names if types[name].startswith("*"))
+                job = Job("kernels.triplet:_sweep", arch, types, constants, aligned, triplet.WARPS, 3)
+                moved, flops = (signs * K + 3) * R * N * itemsize, 4 * R * N * D
+                rate = chip.teraflops / 16 / (itemsize // 4)
+                facts = {
+                    "kernel": f"triplet sweep {'clamp' if signs == 1 else 'raw'} {'squared' if squared else 'root'}",
+                    "arch": f"sm_{arch}",
+                    "dtype": dtype,
+                    "shape": f"R {R} N {N} K {K} D {D}",
+                    "padding": 1.0,
+                    "bytes": moved,
+                    "flops": flops,
+                    "floor_us": round(flops / rate / 1e6, 1),
+                }
+                rows.append((facts, job))
+    return rows
+
+
 def csrc_rows() -> list[dict[str, Any]]:
     """ptxas figures of csrc/*.cu; none where there is no CUDA toolkit."""
     home = _cuda_home()
@@ -145,7 +178,7 @@ def _ptxas(home: Path, source: Path, arch: int) -> list[dict[str, Any]]:
 
 
 def report() -> list[dict[str, Any]]:
-    planned = attention_rows()
+    planned = attention_rows() + triplet_rows()
     results = compile_all([job for _, job in planned])
     return [facts | result for (facts, _), result in zip(planned, results, strict=True)]
 

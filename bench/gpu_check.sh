@@ -43,11 +43,15 @@ step build 120 env CUDA_ARCHS="${CUDA_ARCHS:-90a}" "$python" setup.py build_ext 
 step tests 220 bash -c shards
 step attention 160 "$python" bench/attention.py --batch 32 256 --rounds 15 --json "$logs/attention.json" \
   --plot "$logs/attention.png"
+step triplet 90 "$python" bench/triplet.py --samples 128 1024 8192 --rounds 15 --json "$logs/triplet.json" \
+  --plot "$logs/triplet.png"
 step compile_report 120 "$python" bench/compile_report.py --json "$logs/compile_report.json"
 if command -v compute-sanitizer > /dev/null; then
   step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu tests/test_rank.py
   step sanitizer_attention 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
     "$python" -m pytest -q -m gpu -k "lengths and bfloat16" tests/test_attention.py
+  step sanitizer_triplet 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
+    "$python" -m pytest -q -m gpu -k "rows or few_bits" tests/test_triplet.py
 else
   echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi

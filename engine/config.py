@@ -159,6 +159,7 @@ class TrainConfig:
     margin: float = 0.3
     mining: str = "all"
     centre: bool = False  # compare a batch's instructions about their mean (engine.losses.centred)
+    global_losses: bool = False  # pairs and triplets of the batches of all ranks, not of each rank's own
     label_smoothing: float = 0.0
     triplet_weight: float = 1.0
     colour_jitter: float = 0.0
@@ -198,6 +199,8 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.seed >= 1 << 63:
             raise InputError(f"--seed {self.seed}: expected less than 2**63")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"--label-smoothing {self.label_smoothing}: expected 0 or more and less than 1")
         if self.mining not in ("all", "hard"):
             raise InputError(f"--mining {self.mining!r}: expected all or hard")
         for task, share in [*self.shares.items(), *((task, 1) for task in self.leaders)]:

@@ -1,7 +1,8 @@
 """Eq. 7 for the five image tasks and Eq. 8 for text-to-image search.
 
 The identity loss is that of the global batch. Terms over pairs (triplet, contrastive, matching) use the pairs of each
-rank's own share, so they depend on the number of ranks.
+rank's own share, so they depend on the number of ranks; with `global_losses` those of the global batch, of which each
+rank computes the rows of its own samples. Losses are float32 under autocast.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from engine.config import TrainConfig
 from engine.data.record import Batch
 from engine.model.instruction import Instruction
 from engine.model.irm import IRM, Features
+from engine.ranks import gathered, gathered_values, padded, place
 
 
 class TrainingModel(nn.Module):
@@ -26,10 +28,11 @@ class TrainingModel(nn.Module):
     def __init__(self, model: IRM, config: TrainConfig, streams: list[str], matching: list[bool]):
         super().__init__()
         self.model, self.config, self.streams, self.matching = model, config, streams, matching
+        self.chance = torch.Generator()  # wrong pairs; seeded anew for each micro-step, alike on all ranks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.matching[batch.stream]:
-            terms = matching_losses(self.model, batch, self.streams[batch.stream])
+            terms = matching_losses(self.model, batch, self.streams[batch.stream], self.config, self.chance)
         else:
             terms = identity_losses(self.model, batch, self.streams[batch.stream], self.config)
         return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
@@ -43,19 +46,27 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     assert features.instruction is not None
     assert features.fout is not None
     assert head is not None
-    instructions = features.instruction.cls.float()
+    rank, world = place() if config.global_losses else (0, 1)
+    B, labels, instructions = len(batch.images), batch.labels, features.instruction.cls.detach().float()
+    if world > 1:
+        labels = gathered_values(labels)
+        instructions = instructions if len(instructions) == 1 else gathered_values(instructions)
     if config.centre and len(instructions) > 1:  # one for the whole batch is like itself
         instructions = centred(instructions)
-    instructions = instructions.expand(len(batch.images), -1)
+    instructions = instructions.expand(world * B, -1)
     terms = {}
     with torch.autocast(batch.images.device.type, enabled=False):  # losses in float32
         for name, value in (("cls", features.cls.float()), ("fout", features.fout.float())):
             unit = F.normalize(value, dim=-1)
+            if world > 1:  # the gradient of its own rows is whole: none has to come back from other ranks
+                parts = list(gathered_values(unit).chunk(world))
+                unit = torch.cat([*parts[:rank], unit, *parts[rank + 1 :]])
+            rows = rank * B, (rank + 1) * B
             triplet = kernels.adaptive_triplet(
-                unit, batch.labels, instructions, margin=config.margin, mining=config.mining
+                unit, labels, instructions, margin=config.margin, mining=config.mining, rows=rows
             )
             assert isinstance(triplet, Tensor)
-            terms[f"triplet_{name}"] = config.triplet_weight * triplet
+            terms[f"triplet_{name}"] = config.triplet_weight * world * triplet  # ranks are averaged
             logits = head.classify[name](head.neck[name](value))
             terms[f"id_{name}"] = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
     return terms
@@ -68,37 +79,56 @@ def centred(instructions: Tensor) -> Tensor:
     return torch.cat([unit, torch.ones_like(unit[:, :1])], 1)
 
 
-def matching_losses(model: IRM, batch: Batch, stream: str) -> dict[str, Tensor]:
+def matching_losses(
+    model: IRM, batch: Batch, stream: str, config: TrainConfig, chance: torch.Generator
+) -> dict[str, Tensor]:
     """Eq. 8: contrastive loss on the projections, and matching loss on F_out of true pairs and of wrong ones: one for
-    each picture and each text, the likelier the more similar (ALBEF). The most similar ones alone teach nothing: they
-    are people who look the same."""
+    each picture and each text, the likelier the more similar (ALBEF), drawn by `chance`. The most similar ones alone
+    teach nothing: they are people who look the same."""
     assert batch.text is not None
     assert batch.text_lengths is not None
     instruction = model.instruct.of_text(batch.text, batch.text_lengths)
     seen = model.features(batch.images, None)
-    same = batch.labels[:, None] == batch.labels
-    pictures_BE = model.image_embedding(seen, stream).float()
-    texts_BE = model.text_embedding(instruction, stream).float()
+    rank, world = place()
+    B, labels, picture_tokens = len(batch.images), batch.labels, seen.tokens
+    pictures_BE = pictures = model.image_embedding(seen, stream).float()
+    texts_BE = texts = model.text_embedding(instruction, stream).float()
+    drawn = torch.rand(2, world * B, generator=chance)[:, rank * B : (rank + 1) * B]
+    first = 0  # of its own samples among all
+    if config.global_losses and world > 1:
+        first, labels, pictures, texts = rank * B, gathered_values(labels), gathered(pictures), gathered(texts)
+        picture_tokens = gathered(picture_tokens)
+        parts = gathered(padded(instruction.tokens)), instruction.lengths, gathered(instruction.cls)
+        instruction = Instruction(parts[0], None if parts[1] is None else gathered_values(parts[1]), parts[2])
+    same = batch.labels[:, None] == labels
     with torch.autocast(batch.images.device.type, enabled=False):
-        similarity = pictures_BE @ texts_BE.mT
-        logits = model.temperature(similarity)
-        contrastive = contrastive_loss(logits, same)
-    wrong = logits.detach().masked_fill(same, -1e9)  # finite: a rank may hold a single identity
-    sentence_of = torch.multinomial(wrong.softmax(1), 1)[:, 0]
-    picture_of = torch.multinomial(wrong.mT.softmax(1), 1)[:, 0]
-    pairs = torch.arange(len(same), device=same.device)
-    pictures = torch.cat([pairs, pairs, picture_of])
-    texts = torch.cat([pairs, sentence_of, pairs])
+        to_texts, to_pictures = pictures_BE @ texts.mT, texts_BE @ pictures.mT
+        rows, columns = model.temperature(to_texts), model.temperature(to_pictures)
+        contrastive = contrastive_loss(rows, columns, same)
+    text_of, picture_of = (_wrong(part, same, u) for part, u in zip((rows, columns), drawn, strict=True))
+    own = torch.arange(B, device=same.device)
+    chosen = torch.cat([first + own, first + own, picture_of]), torch.cat([first + own, text_of, first + own])
+    cosines = torch.cat([to_texts[own, first + own], to_texts[own, text_of], to_pictures[own, picture_of]])
     lengths = instruction.lengths
-    chosen = Instruction(instruction.tokens[texts], None if lengths is None else lengths[texts], instruction.cls[texts])
-    logits = model.match_scores(seen.tokens[pictures], chosen, stream, similarity[pictures, texts]).float()
-    truth = (batch.labels[pictures] == batch.labels[texts]).long()
+    told = Instruction(
+        instruction.tokens[chosen[1]], None if lengths is None else lengths[chosen[1]], instruction.cls[chosen[1]]
+    )
+    logits = model.match_scores(picture_tokens[chosen[0]], told, stream, cosines).float()
+    truth = (labels[chosen[0]] == labels[chosen[1]]).long()
     return {"contrastive": contrastive, "match": F.cross_entropy(logits, truth)}
 
 
-def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Symmetric image-text cross entropy; logits [B, B], same [B, B] bool: every pair of one identity is a positive."""
-    target = same.to(logits.dtype)
-    rows = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
-    columns = F.cross_entropy(logits.mT, (target / target.sum(0, keepdim=True)).mT)
-    return (rows + columns) / 2
+def _wrong(logits: Tensor, same: Tensor, drawn: Tensor) -> Tensor:
+    """For each row of logits [B, N] a column that is not the same, by softmax and a number in [0, 1) for each row; any
+    column where all are the same."""
+    cumulated = logits.detach().masked_fill(same, -1e9).double().softmax(1).cumsum(1)  # finite: a single identity
+    at = drawn.to(cumulated)[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, at, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def contrastive_loss(rows: Tensor, columns: Tensor, same: Tensor) -> Tensor:
+    """Symmetric image-text cross entropy (L_cl of Eq. 8). rows, columns [B, N]: logits of own pictures with all texts
+    and of own texts with all pictures; same [B, N] bool: every pair of one identity is a positive."""
+    target = same.to(rows.dtype)
+    target = target / target.sum(1, keepdim=True)
+    return (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2

@@ -158,7 +158,7 @@ def _steps(
             waited += time.monotonic() - asked
             images += len(batch.images) * runtime.world
             model.edit.chance.manual_seed(hash((config.seed, loader.micro_step)))  # drop path
-            torch.manual_seed(hash((config.seed, loader.micro_step, runtime.rank)))  # wrong pairs of the matching loss
+            ds_engine.module.chance.manual_seed(hash((config.seed, loader.micro_step, 1)))  # wrong pairs
             loss, terms = ds_engine(batch)
             values = runtime.mean(torch.stack([loss.detach(), *terms.values()]).float()).tolist()
             for name, value in zip(("loss", *terms), values, strict=True):

@@ -39,8 +39,8 @@ from kernels._library import INTERPRETED, device_of
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 22}  # distances of a block, which should stay in a cache
 GATHERED = 1 << 18  # features of a block of pairs
-COLUMNS = 128  # distances that a program of the GPU's kernel handles at a time, for each of its
-ROWS = 4  # anchors
+COLUMNS = 256  # distances that a program of the GPU's kernel handles at a time, for each of its
+ROWS = 2  # anchors
 WARPS = 4
 
 
@@ -335,7 +335,7 @@ def _all_triplets(
     d = _to_others(x, groups.others.expand(S, -1, -1), squared)
     u = d + margin * beta
     loss, active, weight = d.new_zeros(S, N), torch.zeros(S, N, dtype=torch.int64, device=x.device), torch.zeros_like(d)
-    counted = ((beta.abs() > tie) & groups.present).sum(1) * (N - groups.size)
+    counted = (beta.abs() > tie).sum(1) * (N - groups.size)
     for js in _blocks(slice(0, K), S * N * K, BLOCK[x.device.type]):  # two references of the anchor's identity
         ahead = (beta[:, :, None] - beta[:, None, js] > tie) & groups.present[:, :, None] & groups.present[:, None, js]
         term = (u[:, :, :, None] - u[:, :, None, js]).clamp_(min=0).masked_fill_(~ahead, 0)
@@ -345,8 +345,7 @@ def _all_triplets(
         active += positive.sum((2, 3))
         weight += positive.sum(3)
         weight[:, :, js] -= positive.sum(2)
-    counts = groups.present & (beta > tie), groups.present & (beta < -tie)
-    up = torch.stack([u.masked_fill(~counts[side], (-1) ** (side + 1) * torch.inf).mT for side in range(1 + raw)])
+    up = torch.stack([u.masked_fill(~(s * beta > tie), -s * torch.inf).mT for s in (1, -1)[: 1 + raw]])
     everyone = torch.arange(N, device=x.device)
     blocks: list[slice | Tensor] = list(_blocks(rows, S * N, BLOCK[x.device.type]))
     asked, further = len(blocks), everyone[:0]
@@ -369,7 +368,7 @@ def _all_triplets(
             result[:, block] = products @ x
     if result is not None:
         index, sets = groups.others[rows].expand(S, -1, -1), torch.arange(S, device=x.device)[:, None, None]
-        both = weight[:, rows] + weight[sets, index, groups.back[rows]].masked_fill_(~groups.present[rows], 0)
+        both = weight[:, rows] + weight[sets, index, groups.back[rows]]  # of itself, for absent ones
         _add_pull(result, x, rows, index, both if squared else both * _halves(d[:, rows]))
         result *= -2
     return _Result(loss, counted.expand(S, N), active, result)

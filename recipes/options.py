@@ -106,6 +106,17 @@ def training_parser(description: str) -> Parser:
         help="triplets: all of Eq. 5, or the hardest as the authors train (default: all)",
     )
     add(
+        "--global-losses",
+        action="store_true",
+        help="triplet, contrastive and matching loss over the batches of all ranks together, not of each rank alone",
+    )
+    add(
+        "--label-smoothing",
+        type=float,
+        metavar="SHARE",
+        help="of the identity loss: what part of the target is spread over all identities, 0 to 1 (default: 0)",
+    )
+    add(
         "--deepspeed_config",
         metavar="FILE",
         help="DeepSpeed settings, JSON (default: ZeRO 0; recipes/deepspeed/ has others)",
@@ -151,11 +162,11 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     model = model_config(name, **changes, **({"fused": False} if args.no_fused else {}))
     values: dict[str, Any] = dict(PRESETS.get(name, PRESETS["irm_base"]))
     given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
-    given += ["checkpoint_every", "keep", "feature", "shares", "ahead"]
+    given += ["checkpoint_every", "keep", "feature", "shares", "ahead", "label_smoothing"]
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     if args.warmup is None:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
-    for key in ("seed", "resume", "quick", "save_features", "log_samples"):
+    for key in ("seed", "resume", "quick", "save_features", "log_samples", "global_losses"):
         values[key] = getattr(args, key)
     values["baselines"] = args.check
     if args.deepspeed_config:

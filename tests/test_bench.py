@@ -1,6 +1,7 @@
 """The benchmarks: what they count, that they refuse what is wrong, that no shipped configuration spills."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import attention, compile_report, measure
+import kernels
+from bench import attention, compile_report, measure, triplet
 from bench.compiled import ctas_per_sm
 
 
@@ -68,6 +70,61 @@ def test_attention_from_the_command_line(tmp_path):
     assert all("us" not in row for row in timed)  # a time in microseconds comes from a GPU
 
 
+def test_triplet_from_the_command_line(tmp_path):
+    file = tmp_path / "rows.json"
+    command = ["bench/triplet.py", "--device", "cpu", "--samples", "32", "--rounds", "1", "--json", file]
+    done = subprocess.run(
+        [sys.executable, *command, "--plot", tmp_path / "plot.png"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    timed = [row for row in json.loads(file.read_text())["rows"] if "left_out" not in row]
+    assert {row["rival"] for row in timed} == set(triplet.RIVALS)
+    assert {row["pass"] for row in timed} == {"forward", "both"}
+    assert all("us" not in row for row in timed)
+
+
+@pytest.mark.parametrize("wrong", ["loop", "all"])
+def test_triplet_refuses_to_report_what_is_wrong(wrong, monkeypatch):
+    """A rival that is shifted; ours, by the margin, against the sum anchor by anchor."""
+    monkeypatch.setattr(sys, "argv", ["triplet.py", "--device", "cpu", "--samples", "32", "--rounds", "1"])
+    if wrong == "loop":
+        shifted = triplet.RIVALS["loop"]._replace(run=lambda case: triplet.loop(case) * 1.01)
+        monkeypatch.setitem(triplet.RIVALS, "loop", shifted)
+    else:
+        plain = kernels.adaptive_triplet
+        monkeypatch.setattr(kernels, "adaptive_triplet", lambda *a, **k: plain(*a, **k | {"margin": 0.31}))
+    with pytest.raises(SystemExit, match=r"no figures are reported"):
+        triplet.main()
+
+
+def test_triplet_loop_must_be_the_released_one(monkeypatch):
+    plain = triplet.loop
+    monkeypatch.setattr(triplet, "loop", lambda case: plain(case._replace(features=case.features * 1.001)))
+    with pytest.raises(SystemExit, match="the loop differs from the released code on pk"):
+        triplet.check_loop()
+
+
+def test_triplet_memory_grows_with_samples_not_with_their_square():
+    """Beyond the gradient: at most 64 MiB at 8192 samples of 768 features, where one matrix would take 256."""
+    code = """
+import torch
+from bench import measure, triplet
+case = triplet.case_of(8192, torch.device("cpu"))
+print(measure.peak_bytes(lambda: triplet.with_gradient(triplet.ours, case), torch.device("cpu")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) - 8192 * 768 * 4 < 64 << 20
+
+
 def test_rounds_run_rivals_in_turn():
     order: list[str] = []
     seconds = measure.rounds({name: lambda name=name: order.append(name) for name in "ab"}, torch.device("cpu"), 3)
@@ -84,7 +141,7 @@ def test_no_shipped_configuration_spills():
     for row in rows:
         assert set(compile_report.COLUMNS) <= set(row)
         assert row["ctas_per_sm"] >= 1
-        assert (row["tensor_core"] == "none") == (row["dtype"] == "fp32")
+        assert (row["tensor_core"] == "none") == (row["dtype"] not in ("bf16", "fp16"))
         if row["dtype"] == "bf16" and row["shape"].endswith("D 64"):
             assert row["ctas_per_sm"] >= 2
             assert row["padding"] <= 1.4

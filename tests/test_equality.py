@@ -1,9 +1,12 @@
-"""The same samples on one rank or shared by several: equal statistics, losses and gradients where no term needs pairs.
+"""The same samples on one rank or shared by several: equal statistics, losses and gradients.
 
-The triplet, contrastive and matching terms use the pairs within one rank's share, so they are left out here.
+The triplet, contrastive and matching terms use the pairs within one rank's share unless `global_losses` is set, so by
+themselves they are left out here.
 """
 
+import functools
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,7 @@ from conftest import SMALL as SMALLER
 
 from engine.config import TrainConfig
 from engine.data.record import Batch
-from engine.losses import identity_losses
+from engine.losses import identity_losses, matching_losses
 from engine.model.irm import IRM
 from engine.model.neck import GlobalBatchNorm
 
@@ -73,42 +76,84 @@ def identity(dtype: torch.dtype, rank: int, world: int) -> dict[str, torch.Tenso
     return result
 
 
+def pairs(dtype: torch.dtype, rank: int, world: int, mining: str = "all") -> dict[str, torch.Tensor]:
+    """Every term with global_losses, values and gradients averaged over ranks as DeepSpeed does. Shares cut through
+    identities; each rank's sentences are padded to the longest of its own. The engine's losses are float32."""
+    torch.manual_seed(0)
+    model = IRM(SMALL, 20, {"li/x": 6}, ["t2i/y"])
+    model.edit.chance.manual_seed(1)
+    torch.nn.init.normal_(model.edit.gates)
+    images = torch.randn(B, 3, *SMALL.image_size)
+    labels, text = torch.arange(6).repeat_interleave(B // 6), torch.randint(4, 20, (B, 9))
+    lengths = 2 + torch.arange(B) * 7 // (B - 1)
+    share = slice(B // world * rank, B // world * (rank + 1))
+    text = text[share, : int(lengths[share].max())]
+    batch = Batch(0, images[share], labels[share], text, lengths[share], None)
+    config = TrainConfig(model=SMALL, global_losses=True, centre=True, mining=mining)
+    terms = identity_losses(model, batch, "li/x", config)
+    terms |= matching_losses(model, batch, "t2i/y", config, torch.Generator().manual_seed(2))
+    torch.stack(list(terms.values())).sum().backward()
+    result = {n: t.detach() for n, t in terms.items()}
+    result |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for value in result.values():
+        dist.all_reduce(value)
+        value /= world
+    return result
+
+
+def hard_pairs(dtype: torch.dtype, rank: int, world: int) -> dict[str, torch.Tensor]:
+    return pairs(dtype, rank, world, "hard")
+
+
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     result = {
         (what.__name__, dtype): what(dtype, rank, world)
-        for what in (neck, identity)
+        for what in (neck, identity, pairs, hard_pairs)
         for dtype in (torch.float64, torch.float32)
+        if dtype == torch.float32 or what in (neck, identity)
     }
     torch.save(result, f"{folder}/{world}.{rank}")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[int, list[dict]]:
+def results(tmp_path_factory) -> Callable[[int], list[dict]]:
     """World size -> what each rank found."""
     folder = str(tmp_path_factory.mktemp("equality"))
-    found = {}
-    for world in (1, 2):
+
+    @functools.cache
+    def found(world: int) -> list[dict]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         multiprocessing.spawn(worker, (world, port, folder), nprocs=world)
-        found[world] = [torch.load(f"{folder}/{world}.{rank}") for rank in range(world)]
+        return [torch.load(f"{folder}/{world}.{rank}") for rank in range(world)]
+
     return found
 
 
 @pytest.mark.xdist_group("equality")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("what", ["neck", "identity"])
-def test_two_ranks_compute_what_one_does(results, what, dtype, tolerance):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("what", "dtype", "tolerance"),
+    [
+        ("neck", torch.float64, 1e-10),
+        ("neck", torch.float32, 2e-5),
+        ("identity", torch.float64, 1e-10),
+        ("identity", torch.float32, 2e-5),
+        ("pairs", torch.float32, 1e-4),
+        ("hard_pairs", torch.float32, 1e-4),
+    ],
+)
+def test_ranks_compute_what_one_does(results, what, dtype, tolerance, world):
     """float32: 2e-5 of each tensor's largest entry, for sums in another order; gates are used in float32 everywhere. A
     BNNeck takes all gradient from the bias before it: what is left there is rounding."""
-    whole = results[1][0][what, dtype]
-    assert len(whole) > (40 if what == "identity" else 6)
-    for rank in range(2):
-        shared = results[2][rank][what, dtype]
+    whole = results(1)[0][what, dtype]
+    assert len(whole) > (6 if what == "neck" else 40)
+    for rank in range(world):
+        shared = results(world)[rank][what, dtype]
         assert shared.keys() == whole.keys()
         for name, value in whole.items():
             scale = max(1e-2, value.abs().max().item())
@@ -124,7 +169,7 @@ def test_one_rank_agrees_with_torch_batch_norm(results):
         toward = torch.randn(B, C, generator=generator, dtype=torch.float64)
         out = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, True, 0.1, 1e-5)
         (out * toward).sum().backward()
-        mine = results[1][0]["neck", torch.float64]
+        mine = results(1)[0]["neck", torch.float64]
         torch.testing.assert_close(mine[f"out{number}"], out, rtol=0, atol=1e-10)
         torch.testing.assert_close(mine[f"input_grad{number}"], x.grad, rtol=0, atol=1e-10)
     torch.testing.assert_close(mine["weight_grad"], layer.weight.grad, rtol=0, atol=1e-10)

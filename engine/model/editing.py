@@ -7,11 +7,11 @@ that ViT's. Shapes: B images, N tokens (class tokens first), M instruction token
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 import kernels
+from engine.ranks import place
 
 
 class Attention(nn.Module):
@@ -42,7 +42,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.rate:
             return x
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = place()
         drawn = torch.rand(world, len(x), generator=self.generator)[rank]
         return x * ((drawn >= self.rate) / (1 - self.rate)).to(x)[:, None, None]
 

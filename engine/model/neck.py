@@ -7,24 +7,9 @@ One neck per stream: the statistics of one data set never mix with another's. Tr
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduced sum whose gradient is the all-reduced sum of gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        out = grad.clone()
-        dist.all_reduce(out)
-        return out
+from engine.ranks import summed
 
 
 class GlobalBatchNorm(nn.Module):
@@ -44,17 +29,10 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             return (x - self.running_mean) * (torch.rsqrt(self.running_var + self.eps) * self.weight)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        parallel = dist.is_initialized() and dist.get_world_size() > 1
-        count = x.new_tensor([len(x)])
-        total = torch.cat([x.sum(0), count])
-        if parallel:
-            total = _SumOverRanks.apply(total)
+        total = summed(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
         n = total[-1].detach()
         mean = total[:-1] / n
-        squares = ((x - mean) ** 2).sum(0)  # around the mean: no cancellation
-        if parallel:
-            squares = _SumOverRanks.apply(squares)
-        var = squares / n
+        var = summed(((x - mean) ** 2).sum(0)) / n  # around the mean: no cancellation
         with torch.no_grad():  # a batch that is not finite is skipped by training and must leave no trace here either
             finite = torch.isfinite(mean) & torch.isfinite(var)
             unbiased = var * n / (n - 1).clamp(min=1)
