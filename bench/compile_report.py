@@ -110,8 +110,14 @@ def triplet_rows() -> list[tuple[dict[str, Any], Job]]:
     rows = []
     for arch, chip in ARCHS.items():
         for dtype, itemsize in (("fp32", 4), ("fp64", 8)):
+            tile = triplet.TILES[itemsize]
             for signs, squared in ((1, True), (2, False)):
-                constants = {"SIGNS": signs, "SQUARED": squared, "ROWS": triplet.ROWS, "COLUMNS": triplet.COLUMNS}
+                constants = {
+                    "SIGNS": signs,
+                    "SQUARED": squared,
+                    "ROWS": tile[0],
+                    "COLUMNS": tile[1],
+                }
                 types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("ANCHORS", "LABELS", "ACTIVE"), "*i64")
                 types |= dict.fromkeys(("S", "R", "N", "K"), "i32")
                 aligned = frozenset(name for name in names if types[name].startswith("*"))

@@ -158,6 +158,7 @@ class TrainConfig:
     clip: float = 5.0
     margin: float = 0.3
     mining: str = "all"
+    plain_triplet: bool = False  # one margin for all: the instructions are taken to be alike
     centre: bool = False  # compare a batch's instructions about their mean (engine.losses.centred)
     global_losses: bool = False  # pairs and triplets of the batches of all ranks, not of each rank's own
     label_smoothing: float = 0.0

@@ -53,6 +53,8 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
         instructions = instructions if len(instructions) == 1 else gathered_values(instructions)
     if config.centre and len(instructions) > 1:  # one for the whole batch is like itself
         instructions = centred(instructions)
+    if config.plain_triplet:
+        instructions = torch.ones_like(instructions[:1, :1])
     instructions = instructions.expand(world * B, -1)
     terms = {}
     with torch.autocast(batch.images.device.type, enabled=False):  # losses in float32

@@ -39,8 +39,7 @@ from kernels._library import INTERPRETED, device_of
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 22}  # distances of a block, which should stay in a cache
 GATHERED = 1 << 18  # features of a block of pairs
-COLUMNS = 256  # distances that a program of the GPU's kernel handles at a time, for each of its
-ROWS = 2  # anchors
+TILES = {4: (2, 256), 8: (4, 128)}  # anchors of a program of the GPU's kernel, distances at a time; by itemsize
 WARPS = 4
 
 
@@ -309,9 +308,10 @@ def _sweep_on_gpu(
     loss, pull = dots.new_empty(2, S, R)
     found = _Sweep(loss, torch.empty_like(loss, dtype=torch.int64), dots.new_empty(S, R, K), pull)
     with device_of(dots):
-        _sweep[(triton.cdiv(R, ROWS), S)](
+        rows, columns = TILES[dots.itemsize]
+        _sweep[(triton.cdiv(R, rows), S)](
             dots, squares, anchors, labels, up, *found, S, R, N, K,
-            SIGNS=len(up), SQUARED=squared, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            SIGNS=len(up), SQUARED=squared, ROWS=rows, COLUMNS=columns, num_warps=WARPS,
         )  # fmt: skip
     return found
 

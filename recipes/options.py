@@ -105,6 +105,7 @@ def training_parser(description: str) -> Parser:
         choices=("all", "hard"),
         help="triplets: all of Eq. 5, or the hardest as the authors train (default: all)",
     )
+    add("--plain-triplet", action="store_true", help="one margin for all triplets, whatever the instructions say")
     add(
         "--global-losses",
         action="store_true",
@@ -166,7 +167,7 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     if args.warmup is None:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
-    for key in ("seed", "resume", "quick", "save_features", "log_samples", "global_losses"):
+    for key in ("seed", "resume", "quick", "save_features", "log_samples", "global_losses", "plain_triplet"):
         values[key] = getattr(args, key)
     values["baselines"] = args.check
     if args.deepspeed_config:

@@ -570,6 +570,7 @@ MUTANTS = [
         ("instructions compared about 0", "instructions - instructions.mean(0)", "instructions"),
         ("instructions never centred", "if config.centre and len(instructions) > 1:", "if False:"),
         ("opposite instructions as unlike as people", "torch.ones_like(unit[:, :1])", "unit[:, :0]"),
+        ("plain triplet by the instructions", "if config.plain_triplet:", "if False:"),
         ("triplet weight ignored", "config.triplet_weight * world * triplet", "world * triplet"),
         ("margin ignored", "margin=config.margin", "margin=0.0"),
         ("identity loss without BNNeck", "head.classify[name](head.neck[name](value))", "head.classify[name](value)"),

@@ -81,6 +81,21 @@ def test_instructions_are_centred_where_a_run_asks_and_they_differ():
     torch.testing.assert_close(training(one)[1]["triplet_cls"], want, rtol=1e-4, atol=1e-6)
 
 
+def test_plain_triplet_has_one_margin():
+    torch.manual_seed(0)
+    training = TrainingModel(IRM(TINY, 50, {"li/a": 3}), TrainConfig(plain_triplet=True), ["li/a"], [False])
+    unit = F.normalize(training.model(batch(0)).fout, dim=-1)
+    d = (unit[:, None] - unit).square().sum(2)
+    terms = [
+        F.relu(d[a, i] - d[a, j] + 0.3)
+        for a in range(6)
+        for i in range(6)
+        for j in range(6)
+        if a != i and LABELS[a] == LABELS[i] and LABELS[a] != LABELS[j]
+    ]
+    torch.testing.assert_close(training(batch(0))[1]["triplet_fout"], torch.stack(terms).mean(), rtol=1e-4, atol=1e-6)
+
+
 def test_identity_losses_reach_every_part(training):
     torch.nn.init.normal_(training.model.edit.gates)  # a closed gate keeps gradients from the instruction encoder
     training(batch(0))[0].backward()

@@ -24,7 +24,7 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 def _blocks(request, monkeypatch):
     """Everything at once, or a few samples, pairs and columns at a time."""
     if request.param == "in blocks":
-        for name, size in (("BLOCK", {"cpu": 45, "cuda": 45}), ("GATHERED", 50), ("COLUMNS", 8)):
+        for name, size in (("BLOCK", {"cpu": 45, "cuda": 45}), ("GATHERED", 50), ("TILES", {8: (2, 8)})):
             monkeypatch.setattr(triplet, name, size)
 
 
