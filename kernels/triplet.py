@@ -280,6 +280,7 @@ def _sweep(
         tl.store(WEIGHT + at * K + k, weight, mask=ok)
     tl.store(LOSS + at, loss, mask=ok)
     tl.store(ACTIVE + at, active, mask=ok)
+    tl.debug_barrier()  # the products are overwritten now: every thread has read them
     pull = tl.zeros([ROWS], dtype)
     for start in tl.range(0, N, COLUMNS):
         cols = start + tl.arange(0, COLUMNS)
