@@ -157,6 +157,8 @@ def bars(file: Path | None, groups: dict[str, dict[str, float]], title: str, axi
         places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         axes.bar(places, [group.get(name, 0.0) for group in groups.values()], width, label=name)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
+    axes.set_yscale("log")  # of ratios
+    axes.axhline(1, color="black", linewidth=0.6)
     axes.set_ylabel(axis)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
