@@ -310,7 +310,6 @@ MUTANTS = [
         ("kernel: columns beyond the last", "return d, within[None, :] & ok", "return d, ok"),
         ("kernel: skipped alive", "dead = u[:, None] <= least if", "dead = u[:, None] <= most if"),
         ("kernel: skipped alive, those behind", "else u[:, None] >= most", "else u[:, None] >= least"),
-        ("kernel: a distance that is no number is skipped", "other & ~(d >= least)", "other & (d < least)"),
         ("kernel: hinge sign", "term = (u[:, None] - d) * sign", "term = (d - u[:, None]) * sign"),
         ("kernel: no hinge", "other & ~(term <= 0), term", "other, term"),
         ("kernel: weight without its sign", "weight += sign * number", "weight += number"),
