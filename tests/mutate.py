@@ -602,42 +602,6 @@ MUTANTS = [
         ),
     ),
     *of(
-        "engine/losses.py",
-        "equality",
-        ("global: each rank its own pairs", "place() if config.global_losses else (0, 1)", "(0, 1)"),
-        ("global: every rank the first rows", "rows = rank * B, (rank + 1) * B", "rows = 0, B"),
-        (
-            "global: triplet a share of itself",
-            "config.triplet_weight * world * triplet",
-            "config.triplet_weight * triplet",
-        ),
-        (
-            "global: pictures without their gradient",
-            "gathered(pictures), gathered(texts)",
-            "gathered_values(pictures), gathered(texts)",
-        ),
-        (
-            "global: text tokens without their gradient",
-            "gathered(padded(instruction.tokens))",
-            "gathered_values(padded(instruction.tokens))",
-        ),
-        (
-            "global: true pairs of the first rank",
-            "first, labels, pictures, texts = rank * B,",
-            "first, labels, pictures, texts = 0,",
-        ),
-        ("global: every rank draws alike", "[:, rank * B : (rank + 1) * B]", "[:, :B]"),
-    ),
-    *of(
-        "engine/ranks.py",
-        "equality",
-        (
-            "gathered: gradient of the rank alone",
-            "out = grad.contiguous().clone()\n        dist.all_reduce(out)",
-            "out = grad.contiguous().clone()",
-        ),
-    ),
-    *of(
         "engine/data/sampler.py",
         "sampler",
         (

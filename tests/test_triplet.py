@@ -211,8 +211,8 @@ def test_hard_mining_equals_the_loop(identities, function):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("mining", ["all", "hard"])
 def test_equal_samples_have_distance_zero_in_float32(mining, shift):
-    """|x|^2 + |x|^2 - 2 x.x rounds to either side of 0; below it, the root is not a number. shift: the equal ones are of
-    two identities."""
+    """|x|^2 + |x|^2 - 2 x.x rounds to either side of 0; below it, the root is not a number. shift: the equal ones
+    are of two identities."""
     x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0).requires_grad_()
     labels = torch.arange(50).repeat_interleave(2).roll(shift)
     loss = kernels.adaptive_triplet(x, labels, torch.ones(100, 2), mining=mining, distance="euclidean", margin=20.0)
