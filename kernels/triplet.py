@@ -407,7 +407,7 @@ def _hard_triplets(
     d = torch.stack([d1, d2, _to_others(x, nearest[:, :, None], squared)[:, :, 0]], 2)
     second, some = groups.size > 2, (groups.size > 1) & (groups.size < N)
     sign = torch.sign(b1 - b2)
-    pair = (sign * (d1 - d2 + margin * (b1 - b2))).clamp(min=0).masked_fill(~second, 0)
+    pair = (sign * (d1 - d2 + margin * (b1 - b2))).clamp(min=0)  # of one alone with itself: sign is 0
     push = (d1 + margin * b1 - d[:, :, 2]).clamp(min=0).masked_fill(~some, 0)
     counted, active = second.long() + some, (pair > 0).long() + (push > 0)
     result = None
