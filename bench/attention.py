@@ -289,14 +289,7 @@ def main() -> int:
     )
     parser.add_argument("--batch", nargs="+", type=int, help="samples (default: 32 128 256 512 on a GPU, 8 on a CPU)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--rounds", type=int, help="default: 30 on a GPU, 7 on a CPU")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--plot", type=Path, help="write a picture of forward and backward there")
-    args = parser.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; leave --device out")
+    args, device = measure.arguments(parser, "7")
     on_gpu = device.type == "cuda"
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     args.rounds = args.rounds or (30 if on_gpu else 7)
@@ -310,17 +303,8 @@ def main() -> int:
                 rows.append({"shape": name, "batch": batch, "rival": "all", "left_out": "out of memory"})
                 torch.cuda.empty_cache()
             measure.write(args.json, result)  # what is there so far, should a later shape fail
-    print({key: value for key, value in result.items() if key != "rows"})
-    if not on_gpu:
-        print("Times on a CPU: they tell which form is faster there, nothing about a GPU.")
     columns = ["shape", "batch", "rival", "pass", "flush", "us", "cpu_ms", "times_ours", "peak_mb", "of_floor"]
-    used = [column for column in columns if any(column in row for row in rows)]
-    print(measure.table([row for row in rows if "left_out" not in row], used))
-    for row in rows:
-        if "left_out" in row:
-            print(f"left out at {row['shape']}, batch {row['batch']}: {row['rival']}: {row['left_out']}")
-    if args.json:
-        print(f"written to {args.json}")
+    measure.show(result, columns, ("shape", "batch"), args.json)
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.get("pass") in ("forward", "backward") and row["flush"] == on_gpu:

@@ -6,6 +6,7 @@ else the machine does hits all of them.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -23,6 +24,36 @@ import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 FLUSH_BYTES = 256 << 20  # more than any L2 cache holds
+
+
+def arguments(parser: argparse.ArgumentParser, cpu_rounds: str) -> tuple[argparse.Namespace, torch.device]:
+    """The command line with the options that all benchmarks of operators share, and the device asked for. cpu_rounds:
+    how many there are on a CPU, in words."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
+    parser.add_argument("--rounds", type=int, help=f"default: 30 on a GPU; on a CPU {cpu_rounds}")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--plot", type=Path, help="write a picture there")
+    args = parser.parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; leave --device out")
+    return args, device
+
+
+def show(result: dict[str, Any], columns: Sequence[str], where: Sequence[str], file: Path | None) -> None:
+    """Print the facts, the rows with the columns that they have, and what was left out where (columns)."""
+    rows = result["rows"]
+    print({key: value for key, value in result.items() if key != "rows"})
+    if result["device"].startswith("CPU"):
+        print("Times on a CPU: they tell which form is faster there, nothing about a GPU.")
+    used = [column for column in columns if any(column in row for row in rows)]
+    print(table([row for row in rows if "left_out" not in row], used))
+    for row in rows:
+        if "left_out" in row:
+            place = ", ".join(f"{name} {row[name]}" for name in where)
+            print(f"left out at {place}: {row['rival']}: {row['left_out']}")
+    if file:
+        print(f"written to {file}")
 
 
 def facts(device: torch.device) -> dict[str, Any]:

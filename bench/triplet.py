@@ -61,14 +61,18 @@ def ours_hard(case: Case) -> Tensor:
     return kernels.adaptive_triplet(*case, margin=MARGIN, mining="hard")  # type: ignore[return-value]
 
 
-def loop(case: Case) -> Tensor:
-    x, labels, t = case
+def _matrices(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, N]: distances; these with -inf for all but others of the anchor's identity; and with inf for its identity."""
+    x, labels, _ = case
     squares = x.pow(2).sum(1)
     d = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=1e-12).sqrt()
-    same = labels[:, None] == labels
-    own = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    farthest = d.masked_fill(~same | own, -torch.inf).topk(2, 1).indices
-    nearest = d.masked_fill(same, torch.inf).argmin(1)
+    same, own = labels[:, None] == labels, torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return d, d.masked_fill(~same | own, -torch.inf), d.masked_fill(same, torch.inf)
+
+
+def loop(case: Case) -> Tensor:
+    (x, _, t), (d, to_same, to_others) = case, _matrices(case)
+    farthest, nearest = to_same.topk(2, 1).indices, to_others.argmin(1)
     pairs, pushes = [], []
     for a in range(len(x)):
         i, j, n = int(farthest[a, 0]), int(farthest[a, 1]), int(nearest[a])
@@ -80,14 +84,10 @@ def loop(case: Case) -> Tensor:
 
 
 def eager_hard(case: Case) -> Tensor:
-    x, labels, t = case
-    squares = x.pow(2).sum(1)
-    d = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=1e-12).sqrt()
-    same = labels[:, None] == labels
-    own = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    (d1, d2), farthest = (part.unbind(1) for part in d.masked_fill(~same | own, -torch.inf).topk(2, 1))
-    dn = d.masked_fill(same, torch.inf).min(1).values
-    unit = F.normalize(t, dim=-1)
+    _, to_same, to_others = _matrices(case)
+    (d1, d2), farthest = (part.unbind(1) for part in to_same.topk(2, 1))
+    dn = to_others.min(1).values
+    unit = F.normalize(case.instructions, dim=-1)
     b1, b2 = ((unit * unit[r]).sum(1).clamp(min=0) for r in farthest)
     pair = F.relu(torch.sign(b1 - b2) * (d1 - d2 + MARGIN * (b1 - b2)))
     return (0.1 * pair + F.relu(d1 + MARGIN * b1 - dn)).mean()
@@ -156,7 +156,7 @@ def in_blocks(case: Case, count: int = 32) -> Tensor:
     return total
 
 
-def refusals(case: Case, plain: Case, samples: int, rivals: dict[str, Rival]) -> dict[str, str]:
+def refusals(case: Case, plain: Case, rivals: dict[str, Rival]) -> dict[str, str]:
     """Rival -> why it has no figures here."""
     found = {}
     loss = kernels.adaptive_triplet(*case, margin=MARGIN, rows=(0, 32))
@@ -180,14 +180,14 @@ def refusals(case: Case, plain: Case, samples: int, rivals: dict[str, Rival]) ->
 
 
 def compare(samples: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """The rows of one batch size. A rival that differs from ours is left out; ours being wrong ends the run."""
+    """The rows of one batch size. A rival that cannot run is left out; SystemExit where results differ."""
     case, plain = case_of(samples, device), case_of(samples, device, alike=True)
     rivals = {name: rival for name, rival in RIVALS.items() if samples <= rival.most}
-    refused = refusals(case, plain, samples, rivals)
+    refused = refusals(case, plain, rivals)
     wrong = [f"{name}: {why}" for name, why in refused.items() if name == OURS or "differs from ours" in why]
     if wrong:
         raise SystemExit(f"error: {samples} samples: {'; '.join(wrong)}; no figures are reported")
-    counted = int(kernels.adaptive_triplet(*case, return_stats=True)[1]["counted"])
+    counted = {c is plain: int(kernels.adaptive_triplet(*c, return_stats=True)[1]["counted"]) for c in (case, plain)}
     runs = {name: rival for name, rival in rivals.items() if name not in refused}
     detached = {
         True: plain._replace(features=plain.features.detach()),
@@ -207,7 +207,7 @@ def compare(samples: int, device: torch.device, rounds: int) -> list[dict[str, A
             row["us" if device.type == "cuda" else "cpu_ms"] = median * (1e6 if device.type == "cuda" else 1e3)
             row["peak_mb"] = measure.peak_bytes(run, device) / 2**20
             if runs[name].like == OURS:
-                row["triplets_per_s"] = counted / median
+                row["triplets_per_s"] = counted[runs[name].alike] / median
             rows.append(row)
     return rows + [{"samples": samples, "rival": name, "left_out": why} for name, why in refused.items()]
 
@@ -215,15 +215,8 @@ def compare(samples: int, device: torch.device, rounds: int) -> list[dict[str, A
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", nargs="+", type=int, help="default: 128 512 1024 4096 8192")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--rounds", type=int, help="default: 30 on a GPU; 7 on a CPU, 3 from 4096 samples")
     parser.add_argument("--quick", action="store_true", help="128 and 512 samples, three rounds")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--plot", type=Path, help="write a picture there")
-    args = parser.parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; leave --device out")
+    args, device = measure.arguments(parser, "7, from 4096 samples 3")
     sizes = args.samples or ([128, 512] if args.quick else [128, 512, 1024, 4096, 8192])
     if any(size < 32 or size % PER_IDENTITY for size in sizes):
         parser.error(f"--samples: expected multiples of {PER_IDENTITY} from 32 on")
@@ -234,15 +227,8 @@ def main() -> int:
         rounds = args.rounds or (30 if device.type == "cuda" else 3 if args.quick or size >= 4096 else 7)
         rows += compare(size, device, rounds)
         measure.write(args.json, result)  # what is there so far, should a larger one fail
-    print({key: value for key, value in result.items() if key != "rows"})
     columns = ["samples", "rival", "pass", "us", "cpu_ms", "times_ours", "peak_mb", "triplets_per_s"]
-    used = [column for column in columns if any(column in row for row in rows)]
-    print(measure.table([row for row in rows if "left_out" not in row], used))
-    for row in rows:
-        if "left_out" in row:
-            print(f"left out at {row['samples']} samples: {row['rival']}: {row['left_out']}")
-    if args.json:
-        print(f"written to {args.json}")
+    measure.show(result, columns, ("samples",), args.json)
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.get("pass") == "both":

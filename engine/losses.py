@@ -39,7 +39,8 @@ class TrainingModel(nn.Module):
 
 
 def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) -> dict[str, Tensor]:
-    """Eq. 7: adaptive triplet and identity loss on F and on F_out. The triplet sees unit vectors: on features of length
+    """Eq. 7: adaptive triplet and identity loss on F and on F_out, as scalars "triplet_cls", "id_cls", "triplet_fout",
+    "id_fout", float32, whose mean over ranks is the loss. The triplet sees unit vectors: on features of length
     sqrt(width) its first gradients are a hundred times the identity loss's and pull all features together."""
     features: Features = model(batch)
     head = model.head(stream)
@@ -85,8 +86,9 @@ def matching_losses(
     model: IRM, batch: Batch, stream: str, config: TrainConfig, chance: torch.Generator
 ) -> dict[str, Tensor]:
     """Eq. 8: contrastive loss on the projections, and matching loss on F_out of true pairs and of wrong ones: one for
-    each picture and each text, the likelier the more similar (ALBEF), drawn by `chance`. The most similar ones alone
-    teach nothing: they are people who look the same."""
+    each picture and each text, the likelier the more similar (ALBEF), drawn by `chance`, which all ranks seed alike.
+    The most similar ones alone teach nothing: they are people who look the same. Returns scalars "contrastive" and
+    "match", float32, whose mean over ranks is the loss."""
     assert batch.text is not None
     assert batch.text_lengths is not None
     instruction = model.instruct.of_text(batch.text, batch.text_lengths)

@@ -142,7 +142,7 @@ def _relatedness(instructions: Tensor, groups: _Groups, dtype: torch.dtype, raw:
 def _gathered(x: Tensor, index: Tensor) -> Tensor:
     """x [S, N, D] at index [S, R, k]: [S, R, k, D]."""
     S, N, D = x.shape
-    flat = (index + N * torch.arange(S, device=x.device)[:, None, None]).view(-1) if S > 1 else index.reshape(-1)
+    flat = (index + N * torch.arange(S, device=x.device)[:, None, None]).flatten()
     return x.view(S * N, D).index_select(0, flat).view(*index.shape, D)
 
 
@@ -380,9 +380,7 @@ def _halves(d: Tensor) -> Tensor:
     return torch.where(d > 0, 0.5 / d, 0)
 
 
-def _hard_triplets(
-    x: Tensor, labels: Tensor, beta: Tensor, groups: _Groups, margin: float, squared: bool, gradient: bool
-) -> _Result:
+def _hard_triplets(x: Tensor, beta: Tensor, groups: _Groups, margin: float, squared: bool, gradient: bool) -> _Result:
     """`_hard_reference` for every anchor; at equal distances the sample with the lower number is taken."""
     (S, N, D), K = x.shape, beta.shape[1]
     to_same = _to_others(x, groups.others.expand(S, -1, -1), squared)
@@ -445,7 +443,7 @@ def _loss_and_gradient(
         beta = _relatedness(instructions, groups, x.dtype, raw)
         rows = slice(start, stop)
         if mining == "hard":
-            found = _hard_triplets(x, labels, beta, groups, margin, squared, gradient)
+            found = _hard_triplets(x, beta, groups, margin, squared, gradient)
             terms = (found.loss > 0).sum(1)
             count = torch.full_like(terms, x.shape[1]) if reduction == "mean" else terms
         else:
