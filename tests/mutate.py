@@ -307,7 +307,7 @@ MUTANTS = [
         ("kernel: root", "        d = tl.sqrt(d)", "        d = d"),
         ("kernel: the same identity is another", "& (others[None, :] != label[:, None])", "& (others[None, :] >= 0)"),
         ("kernel: columns beyond the last", "return d, within[None, :] & ok", "return d, ok"),
-        ("kernel: skipped alive", "dead = u[:, None] <= least if", "dead = u[:, None] <= most if"),
+        ("kernel: skipped alive", "if tl.min(dead.to(tl.int32)) == 0:", "if tl.max(dead.to(tl.int32)) == 0:"),
         ("kernel: skipped alive, those behind", "else u[:, None] >= most", "else u[:, None] >= least"),
         ("kernel: hinge sign", "term = (u[:, None] - d) * sign", "term = (d - u[:, None]) * sign"),
         ("kernel: no hinge", "other & ~(term <= 0), term", "other, term"),
