@@ -131,6 +131,20 @@ def test_error_budget_of_lengths(lengths, device, dtype):
         assert (ours[5][b, :, length:] == 0).all()
 
 
+@not_interpreted
+@devices
+def test_gate_gradient_of_many_rows(device):
+    """A sum of half a million parts that cancel, heads inside as a linear layer leaves them."""
+    torch.manual_seed(1)
+    qkv, kv_ins = torch.randn(24, 289, 3, 4, 64, device=device), torch.randn(24, 9, 2, 4, 64, device=device)
+    gate, weight = torch.ones(4, device=device, requires_grad=True), torch.randn(24, 289, 4, 64, device=device)
+    (got,) = torch.autograd.grad(kernels.gated_attention_packed(qkv, kv_ins, gate), gate, weight)
+    q, k_ins, v_ins = (t.cpu().double().transpose(1, 2) for t in (qkv[:, :, 0], kv_ins[:, :, 0], kv_ins[:, :, 1]))
+    second = F.scaled_dot_product_attention(q, k_ins, v_ins).transpose(1, 2)
+    want = (second * weight.cpu()).sum((0, 1, 3))
+    assert (got.cpu() - want).norm() < 6e-7 * want.norm()
+
+
 @pytest.mark.usefixtures("_calls")
 @everywhere
 @pytest.mark.parametrize("scale", [0.3, -0.2])
