@@ -1,48 +1,6 @@
-// Scores behind exact ranking: float64 sums of the stored values in a fixed order, rounded once to float32.
-// The same template runs on the CPU and in CUDA, so every device returns the same bits.
+// Scores of listed pairs, and how many gallery rows come before them: what AP, CMC and mINP need, without a sort.
 #pragma once
-#include <cstdint>
-
-#include "check.h"
-
-enum Metric : int { COSINE = 0, INNER_PRODUCT = 1, SQUARED_L2 = 2 };
-
-// Multiply and add are rounded apart on every device (no fused multiply-add), else the bits would differ.
-HOST_DEVICE inline double multiply_add(double a, double b, double sum) {
-#ifdef __CUDA_ARCH__
-  return __dadd_rn(__dmul_rn(a, b), sum);
-#else
-  return a * b + sum;
-#endif
-}
-
-HOST_DEVICE inline double square_root(double x) {
-#ifdef __CUDA_ARCH__
-  return __dsqrt_rn(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
-
-// query, row: D contiguous float32. COSINE of a zero vector is 0.
-HOST_DEVICE inline float canonical_score(const float* query, const float* row, int64_t D, int metric) {
-  double dot = 0, qq = 0, rr = 0;
-  for (int64_t i = 0; i < D; ++i) {
-    const double q = query[i], r = row[i];
-    if (metric == SQUARED_L2) {
-      dot = multiply_add(q - r, q - r, dot);
-    } else {
-      dot = multiply_add(q, r, dot);
-      if (metric == COSINE) {
-        qq = multiply_add(q, q, qq);
-        rr = multiply_add(r, r, rr);
-      }
-    }
-  }
-  if (metric != COSINE) return static_cast<float>(dot);
-  const double norm = square_root(qq) * square_root(rr);
-  return norm > 0 ? static_cast<float>(dot / norm) : 0.0f;
-}
+#include "filter.h"
 
 // Query of pair p: the last q with offsets[q] <= p.
 HOST_DEVICE inline int64_t query_of(const int64_t* offsets, int64_t Q, int64_t p) {
@@ -54,11 +12,38 @@ HOST_DEVICE inline int64_t query_of(const int64_t* offsets, int64_t Q, int64_t p
   return low;
 }
 
-// queries [Q, D], gallery [G, D] row-major float32; offsets [Q+1], positives [P] int64 (CSR); out [P] float32.
-void pair_scores_cpu(const float* queries, const float* gallery, const int64_t* offsets, const int64_t* positives,
-                     int64_t Q, int64_t D, int64_t P, int metric, int threads, float* out);
-#ifdef WITH_CUDA
-// The same on device addresses; stream is a cudaStream_t. Returns after launch.
-void pair_scores_cuda(const float* queries, const float* gallery, const int64_t* offsets, const int64_t* positives,
-                      int64_t Q, int64_t D, int64_t P, int metric, int device, void* stream, float* out);
-#endif
+// Canonical scores of pairs begin .. end of the P pairs (offsets [Q+1], positives [P]: CSR); out [P].
+void pair_scores_cpu(const Pairs& pairs, const int64_t* offsets, const int64_t* positives, int64_t Q, int64_t begin,
+                     int64_t end, float* out);
+
+// Listed rows: query q's are offsets[q] .. offsets[q + 1], each with its score and its number in the whole gallery; scores
+// ascend within a query, of equal ones the numbers descend.
+struct Listed {
+  const int64_t* offsets;
+  const float* thresholds;
+  const int64_t* index;
+};
+
+struct Counting {
+  Pairs pairs;
+  Bounds bounds;
+  const int64_t *query_group, *gallery_group;
+  Listed listed;
+  int64_t index_base;  // number, in the whole gallery, of this part's row 0
+};
+
+// Adds to counts [P] how many of the tile's rows of another group come before each listed one.
+void count_tile_cpu(const Counting& counting, const Tile& tile, int64_t* counts);
+
+// The best admissible row of each group. The tile's columns are positions of a list sorted by group: `row` [G] and
+// `group` [G] tell what stands there, and bounds and gallery keys go by position.
+struct Grouped {
+  Pairs pairs;
+  Bounds bounds;
+  Exclusion excluded;
+  const int64_t *row, *group;
+  int64_t groups;
+};
+
+// Merges the tile into scores [Q, groups] (-inf: none yet) and rows [Q, groups] (-1).
+void group_tile_cpu(const Grouped& grouped, const Tile& tile, float* scores, int64_t* rows);

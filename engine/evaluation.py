@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import kernels
 from engine import baselines, checkpoint
 from engine.config import TrainConfig
 from engine.data.index import Box, Index, find_indexes
@@ -40,8 +41,7 @@ from engine.protocols import (
     Trial,
     expected_random,
     mean_metrics,
-    metrics_from_ranking,
-    rescored,
+    score_rescored,
     score_trial,
 )
 from engine.results import whole_file
@@ -265,11 +265,11 @@ class Evaluation:
         for protocol, trials in self.trials.items():
             by_text = self.task.instruction == "query"
             rescored = by_text and self.rescore and not protocol.name.endswith(":cosine")
-            orders = [self._rescored(trial, protocol) for trial in trials] if rescored else []
+            heads = [self._rescored(trial, protocol) for trial in trials] if rescored else []
             if not self.runtime.main:
                 continue
             if rescored:
-                measured = [self._of_order(trial, order) for trial, order in zip(trials, orders, strict=True)]
+                measured = [self._score_rescored(t, protocol, *head) for t, head in zip(trials, heads, strict=True)]
             elif by_text:
                 measured = [self._score(t, protocol, self._texts(t), self.features.of(t.gallery)) for t in trials]
             else:
@@ -313,8 +313,12 @@ class Evaluation:
         return list(self.threads.map(measure, pairs))
 
     def _score(self, trial: Trial, protocol: Protocol, query: NDArray, gallery: NDArray) -> Metrics:
-        similar = lambda a, b: _similarity(query[a:b], gallery)  # noqa: E731
-        return score_trial(trial, self.index, protocol, similar, truncate=self.truncate)
+        features = self._ranked(query), self._ranked(gallery)
+        return score_trial(trial, self.index, protocol, *features, truncate=self.truncate)
+
+    def _ranked(self, features: NDArray[np.float32]) -> Tensor:
+        """Where they are ranked: on a GPU where there is one."""
+        return torch.from_numpy(features).to(self.runtime.device)
 
     def _texts(self, trial: Trial) -> NDArray[np.float32]:
         """[Q, embed] embeddings of the query captions."""
@@ -325,15 +329,15 @@ class Evaluation:
         assert trial.query_caption is not None
         return self.first_caption[np.searchsorted(self.rows, trial.query)] + trial.query_caption
 
-    def _rescored(self, trial: Trial, protocol: Protocol) -> NDArray[np.int64]:
-        """[Q, G] gallery positions by cosine, the best RESCORED of each query by their matching scores; on rank 0.
+    def _rescored(self, trial: Trial, protocol: Protocol) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """[Q, k] gallery positions, the best RESCORED of each query by cosine, and their matching scores; on rank 0.
 
         A rank scores the images whose tokens it holds: tokens stay where they were made, scores travel.
         """
-        order = best = None
+        best = None
         if self.runtime.main:
-            order = np.argsort(-_similarity(self._texts(trial), self.features.of(trial.gallery)), axis=1, kind="stable")
-            best = torch.from_numpy(order[:, :RESCORED].copy())
+            texts, images = self._ranked(self._texts(trial)), self._ranked(self.features.of(trial.gallery))
+            best = kernels.topk(texts, images, min(RESCORED, len(images)))[1].cpu()
         place = np.searchsorted(self.rows, trial.gallery)[self.runtime.from_main(best).numpy()]  # [Q, k]
         asked = self._asked(trial)
         queries = _blocks(len(asked))
@@ -360,18 +364,19 @@ class Evaluation:
         scores = torch.cat(parts)
         if not progress:
             self.runtime.send(scores)
-            return np.empty((0, 0), np.int64)
+            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         progress.close()
-        assert order is not None
+        assert best is not None
         owner = torch.from_numpy(place // BATCH % self.runtime.world)
         for rank in range(1, self.runtime.world):
             scores = torch.where(owner == rank, self.runtime.receive(tuple(scores.shape), rank), scores)
-        return np.stack([rescored(ranking, own) for ranking, own in zip(order, scores.numpy(), strict=True)])
+        return best.numpy(), scores.numpy()
 
-    def _of_order(self, trial: Trial, order: NDArray[np.int64]) -> Metrics:
-        matches = trial.group_query[:, None] == trial.group_gallery
-        people = len(np.unique(trial.group_query))
-        return metrics_from_ranking(order, matches, identities=people, truncate=self.truncate)
+    def _score_rescored(
+        self, trial: Trial, protocol: Protocol, best: NDArray[np.int64], matching: NDArray[np.float32]
+    ) -> Metrics:
+        features = self._ranked(self._texts(trial)), self._ranked(self.features.of(trial.gallery))
+        return score_rescored(trial, self.index, protocol, *features, best, matching, truncate=self.truncate)
 
     def _baselines(self) -> Baselines:
         index, rows = self.index, self.rows
@@ -554,11 +559,6 @@ def _one_thread_each(device: torch.device) -> Iterator[_Threads]:
 
 def _blocks(count: int) -> list[slice]:
     return [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-
-
-def _similarity(query: NDArray[np.float32], gallery: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[Q, G] cosines of unit vectors, by torch: its number of threads is ours to fix."""
-    return (torch.from_numpy(query) @ torch.from_numpy(gallery).T).numpy()
 
 
 def _has_test(task: Task, index: Index, protocols: list[Protocol]) -> bool:

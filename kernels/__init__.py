@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,36 +14,76 @@ if TYPE_CHECKING:
         gated_attention_packed_reference,
         gated_attention_reference,
     )
-    from kernels.rank import pair_scores, pair_scores_reference
+    from kernels.gallery import Gallery, prepare_gallery
+    from kernels.rank import (
+        best_per_group,
+        best_per_group_reference,
+        count_ahead,
+        count_ahead_reference,
+        negatives_ahead,
+        pair_scores,
+        pair_scores_reference,
+    )
+    from kernels.topk import topk, topk_reference
     from kernels.triplet import adaptive_triplet, adaptive_triplet_reference
 
 # transformers looks for a package of this name and reads its version: it must exist and stay below theirs.
 __version__ = "0.0.1"
 
-__all__ = [
-    "adaptive_triplet",
-    "adaptive_triplet_reference",
-    "gated_attention",
-    "gated_attention_packed",
-    "gated_attention_packed_reference",
-    "gated_attention_reference",
-    "pair_scores",
-    "pair_scores_reference",
-]
-
 _MODULE = {
+    "Gallery": "gallery",
     "adaptive_triplet": "triplet",
     "adaptive_triplet_reference": "triplet",
+    "best_per_group": "rank",
+    "best_per_group_reference": "rank",
+    "count_ahead": "rank",
+    "count_ahead_reference": "rank",
     "gated_attention": "attention",
     "gated_attention_packed": "attention",
     "gated_attention_packed_reference": "attention",
     "gated_attention_reference": "attention",
+    "negatives_ahead": "rank",
     "pair_scores": "rank",
     "pair_scores_reference": "rank",
+    "prepare_gallery": "gallery",
+    "topk": "topk",
+    "topk_reference": "topk",
 }
+
+__all__ = [
+    "Gallery",
+    "adaptive_triplet",
+    "adaptive_triplet_reference",
+    "best_per_group",
+    "best_per_group_reference",
+    "count_ahead",
+    "count_ahead_reference",
+    "gated_attention",
+    "gated_attention_packed",
+    "gated_attention_packed_reference",
+    "gated_attention_reference",
+    "negatives_ahead",
+    "pair_scores",
+    "pair_scores_reference",
+    "prepare_gallery",
+    "topk",
+    "topk_reference",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
     return getattr(importlib.import_module(f"kernels.{_MODULE[name]}"), name)
+
+
+class _Package(ModuleType):
+    """`kernels.topk` is the function, also after an import of the module kernels/topk.py."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _MODULE.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,7 +1,9 @@
-"""Scores behind exact ranking: float64 sums in a fixed order, rounded once to float32 (the canonical score).
+"""Exact ranks without sorting: how many gallery rows come before listed ones, and the best row of every group.
 
-Shapes: Q queries, G gallery rows, D features, P listed pairs. The canonical score of a pair does not depend on threads,
-blocks or device, so rankings built on it do not either.
+Shapes: Q queries, G gallery rows, D features, P listed rows (of query q: offsets[q] .. offsets[q + 1] - 1). Average
+precision, CMC and mINP need only the rank of each positive: the negatives before it (`negatives_ahead`) and the
+positives before it. No Q×G matrix is kept. Scores are canonical (csrc/score.h), so a result depends on nothing but the
+inputs, and counts of the parts of a gallery add up to the counts of the whole.
 """
 
 from __future__ import annotations
@@ -10,74 +12,298 @@ import torch
 from torch import Tensor
 
 from kernels import _check
-from kernels._library import extension
-
-METRICS = ("cosine", "ip", "l2")
+from kernels.gallery import (
+    METRICS,
+    Gallery,
+    backend,
+    bounds_of,
+    call,
+    exclusion_of,
+    in_parts,
+    keys_of,
+    one_thread_each,
+    operands,
+    pairs_of,
+    parts_of,
+    row_norms,
+    running_sum,
+    sweep,
+)
+from kernels.topk import canonical_scores, searched
 
 
 def pair_scores_reference(
-    queries: Tensor, gallery: Tensor, offsets: Tensor, positives: Tensor, *, metric: str = "cosine"
+    queries: Tensor, gallery: Tensor | Gallery, offsets: Tensor, positives: Tensor, *, metric: str = "cosine"
 ) -> Tensor:
-    """As `pair_scores`, in plain torch: a float64 running sum per pair, one feature after another."""
+    """As `pair_scores`, in plain torch, with the terms of all pairs in memory."""
+    queries, gallery = searched(queries, gallery)
     owner = torch.repeat_interleave(torch.arange(len(queries), device=queries.device), offsets.diff())
-    q, r = queries[owner].double(), gallery[positives].double()
-    zero = torch.zeros(len(owner), dtype=torch.float64, device=queries.device)
+    q, r = queries[owner].double(), gallery.features[positives].double()
     if metric == "l2":
-        return _running_sum((q - r) * (q - r), zero).float()
-    dot = _running_sum(q * r, zero)
+        return running_sum((q - r) * (q - r)).float()
+    dot = running_sum(q * r)
     if metric == "ip":
         return dot.float()
-    norm = _running_sum(q * q, zero).sqrt() * _running_sum(r * r, zero).sqrt()
-    return torch.where(norm > 0, dot / norm, zero).float()
-
-
-def _running_sum(terms_PD: Tensor, total_P: Tensor) -> Tensor:
-    for column in terms_PD.unbind(1):
-        total_P = total_P + column
-    return total_P
+    norm = running_sum(q * q).sqrt() * gallery.norms[positives]
+    return torch.where(norm > 0, dot / norm, 0).float()
 
 
 def pair_scores(
-    queries: Tensor, gallery: Tensor, offsets: Tensor, positives: Tensor, *, metric: str = "cosine"
+    queries: Tensor, gallery: Tensor | Gallery, offsets: Tensor, positives: Tensor, *, metric: str = "cosine"
 ) -> Tensor:
     """Canonical scores of listed (query, gallery row) pairs.
 
-    queries    [Q, D] float32
-    gallery    [G, D] float32
-    offsets    [Q+1] int64, ascending from 0 to P: pairs offsets[q] .. offsets[q+1]-1 belong to query q
+    queries    [Q, D] float32, float16 or bfloat16
+    gallery    [G, D] of these types, or what `prepare_gallery` made of it
+    offsets    [Q + 1] int64, ascending from 0 to P: pairs offsets[q] .. offsets[q + 1] - 1 belong to query q
     positives  [P] int64, the pairs' gallery rows
-    metric     "cosine" (0 with a zero vector), "ip" (inner product) or "l2" (squared distance)
+    metric     "cosine" (0 with a zero vector), "ip" (inner product) or "l2" (squared Euclidean distance)
 
-    Returns float32 [P]. ValueError for other shapes, dtypes, devices, or indices out of range.
+    Returns float32 [P]. ValueError for other shapes, dtypes or devices, numbers out of range, rows that are not finite.
     """
     _check.one_of("metric", metric, METRICS)
-    _check.shape("queries", queries, (None, None), "[Q, D]")
-    _check.shape("gallery", gallery, (None, queries.shape[1]), "[G, D]")
-    _check.shape("offsets", offsets, (len(queries) + 1,), "[Q+1]")
-    _check.shape("positives", positives, (None,), "[P]")
-    for name, tensor, kind in (
-        ("queries", queries, torch.float32),
-        ("gallery", gallery, torch.float32),
-        ("offsets", offsets, torch.int64),
-        ("positives", positives, torch.int64),
+    queries, gallery = searched(queries, gallery)
+    _listed(queries, offsets, {"positives": positives})
+    if len(positives) and not (int(positives.min()) >= 0 and int(positives.max()) < len(gallery)):
+        raise ValueError(f"positives: expected gallery rows in 0..{len(gallery) - 1}")
+    norms = row_norms("queries", queries)
+    if backend(queries) is None:
+        return pair_scores_reference(queries, gallery, offsets, positives, metric=metric)
+    device, out = queries.device, torch.empty(len(positives), device=queries.device)
+    offsets, positives = offsets.contiguous(), positives.contiguous()
+    given = pairs_of(queries, norms, gallery, metric), offsets.data_ptr(), positives.data_ptr(), len(queries)
+    if queries.is_cuda:
+        call("pair_scores", device, *given, len(out), out.data_ptr())
+    else:
+        in_parts(
+            lambda start, stop: call("pair_scores", device, *given, start, stop, out.data_ptr()),
+            len(out),
+            device,
+            least=256,
+        )
+    return 0 - out if metric == "l2" else out
+
+
+def count_ahead_reference(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    offsets: Tensor,
+    thresholds: Tensor,
+    positive_index: Tensor,
+    *,
+    metric: str = "cosine",
+    index_base: int = 0,
+) -> Tensor:
+    """As `count_ahead`, in plain torch: every canonical score, one query after another."""
+    queries, gallery = searched(queries, gallery)
+    row = torch.arange(len(gallery), device=queries.device) + index_base
+    counts = torch.zeros_like(positive_index)
+    for q in range(len(queries)):
+        part = slice(int(offsets[q]), int(offsets[q + 1]))
+        if part.start == part.stop:
+            continue
+        others = gallery_group != query_group[q]
+        score = canonical_scores(queries[q : q + 1], gallery, metric)[0]
+        limit = (-thresholds if metric == "l2" else thresholds)[part, None]
+        before = (score > limit) | ((score == limit) & (row < positive_index[part, None]))
+        counts[part] = (before & others).sum(1)
+    return counts
+
+
+def count_ahead(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    offsets: Tensor,
+    thresholds: Tensor,
+    positive_index: Tensor,
+    *,
+    metric: str = "cosine",
+    index_base: int = 0,
+) -> Tensor:
+    """For each listed row: how many rows of this gallery that belong to another group than the query come before it.
+
+    queries, gallery           as in `pair_scores`
+    query_group, gallery_group [Q], [G] int64; rows of the query's own group are not counted
+    offsets                    [Q + 1] int64 as in `pair_scores`
+    thresholds                 [P] float32, the listed rows' own scores, from `pair_scores`
+    positive_index             [P] int64, their numbers in the whole gallery
+    index_base                 number in the whole gallery of row 0 of this one: where this is one part of several, the
+                               counts of the parts add up
+
+    A row comes before another when its score is greater (l2: less), or equal and its number lower.
+    Returns int64 [P]. ValueError as in `pair_scores`, and where thresholds are NaN.
+    """
+    _check.one_of("metric", metric, METRICS)
+    queries, gallery = searched(queries, gallery)
+    _groups(queries, gallery, query_group, gallery_group)
+    _listed(queries, offsets, {"positive_index": positive_index})
+    _check.shape("thresholds", thresholds, (len(positive_index),), "[P]")
+    _check.dtype("thresholds", thresholds, (torch.float32,))
+    _check.same_device("thresholds", thresholds, "queries", queries)
+    if bool(thresholds.isnan().any()):
+        raise ValueError("thresholds: expected scores, got NaN")
+    norms = row_norms("queries", queries)
+    module = backend(queries)
+    if module is None:
+        return count_ahead_reference(
+            queries, gallery, query_group, gallery_group, offsets, thresholds, positive_index,
+            metric=metric, index_base=index_base,
+        )  # fmt: skip
+    device = queries.device
+    thresholds = 0 - thresholds if metric == "l2" else thresholds
+    order = _as_listed(offsets, thresholds, positive_index)
+    kept = [query_group, gallery_group, offsets, thresholds[order], positive_index[order]]
+    kept = [part.contiguous() for part in kept]
+    given = operands(queries, norms, gallery, metric)
+    addresses = [part.data_ptr() for part in kept]
+    counting = module.Counting(pairs_of(queries, norms, gallery, metric), bounds_of(given), *addresses, index_base)
+    with one_thread_each(device) as threads:
+        parts = parts_of(len(queries), len(gallery), threads)
+        counts = torch.zeros(parts, len(order), dtype=torch.int64, device=device)
+        sweep(
+            given,
+            lambda part, tile: call("count_tile", device, counting, tile, counts[part].data_ptr()),
+            threads=threads,
+            parts=parts,
+        )
+    return torch.empty_like(order).scatter_(0, order, counts.sum(0))
+
+
+def _as_listed(offsets: Tensor, thresholds: Tensor, numbers: Tensor) -> Tensor:
+    """[P] the order in which csrc/rank.h wants a query's listed rows: last of the ranking first."""
+    owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+    order = numbers.argsort(descending=True, stable=True)
+    for column in (thresholds, owner):
+        order = order[column[order].argsort(stable=True)]
+    return order
+
+
+def negatives_ahead(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    offsets: Tensor,
+    positives: Tensor,
+    *,
+    metric: str = "cosine",
+) -> tuple[Tensor, Tensor]:
+    """`pair_scores` of the positives and `count_ahead` of them: float32 [P] and int64 [P]; arguments as there."""
+    queries, gallery = searched(queries, gallery)
+    scores = pair_scores(queries, gallery, offsets, positives, metric=metric)
+    return scores, count_ahead(queries, gallery, query_group, gallery_group, offsets, scores, positives, metric=metric)
+
+
+def best_per_group_reference(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    gallery_group: Tensor,
+    groups: int,
+    *,
+    metric: str = "cosine",
+    query_keys: Tensor | None = None,
+    gallery_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `best_per_group`, in plain torch: every canonical score, one group after another."""
+    queries, gallery = searched(queries, gallery)
+    query_keys = keys_of("query_keys", query_keys, "queries", queries)
+    gallery_keys = keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
+    values = torch.full((len(queries), groups), -torch.inf, device=queries.device)
+    rows = torch.full((len(queries), groups), -1, dtype=torch.int64, device=queries.device)
+    for q in range(len(queries)):
+        scores = canonical_scores(queries[q : q + 1], gallery, metric)[0]
+        for group in range(groups):
+            own = gallery_group == group
+            if query_keys is not None and gallery_keys is not None:
+                own &= (query_keys[q] != gallery_keys).all(1)
+            place = own.nonzero()[:, 0]
+            if len(place):
+                best = int(scores[place].argsort(descending=True, stable=True)[0])
+                values[q, group], rows[q, group] = scores[place[best]], place[best]
+    return 0 - values if metric == "l2" else values, rows
+
+
+def best_per_group(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    gallery_group: Tensor,
+    groups: int,
+    *,
+    metric: str = "cosine",
+    query_keys: Tensor | None = None,
+    gallery_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best admissible row of every group, for every query.
+
+    queries, gallery          as in `pair_scores`
+    gallery_group             [G] int64 in 0 .. groups - 1
+    query_keys, gallery_keys  as in `topk`
+
+    Returns scores float32 [Q, groups] and rows int64 [Q, groups], the lowest of equal ones; -inf (l2: +inf) and -1
+    where no row is admissible. Parts of a gallery are merged by the better score, then the lower row. ValueError as in
+    `pair_scores`.
+    """
+    _check.one_of("metric", metric, METRICS)
+    queries, gallery = searched(queries, gallery)
+    _check.shape("gallery_group", gallery_group, (len(gallery),), "[G]")
+    _check.dtype("gallery_group", gallery_group, (torch.int64,))
+    _check.same_device("gallery_group", gallery_group, "queries", queries)
+    if len(gallery) and not (int(gallery_group.min()) >= 0 and int(gallery_group.max()) < groups):
+        raise ValueError(f"gallery_group: expected numbers in 0..{groups - 1}")
+    query_keys = keys_of("query_keys", query_keys, "queries", queries)
+    gallery_keys = keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
+    if (query_keys is None) != (gallery_keys is None) or (
+        query_keys is not None and gallery_keys is not None and query_keys.shape[1] != gallery_keys.shape[1]
     ):
-        _check.dtype(name, tensor, (kind,))
-        _check.same_device(name, tensor, "queries", queries)
-    count = len(positives)
+        raise ValueError("query_keys: expected as many columns as gallery_keys, or neither of them")
+    norms = row_norms("queries", queries)
+    module = backend(queries)
+    if module is None:
+        return best_per_group_reference(
+            queries, gallery, gallery_group, groups, metric=metric, query_keys=query_keys, gallery_keys=gallery_keys
+        )
+    device = queries.device
+    scores = torch.full((len(queries), groups), -torch.inf, device=device)
+    rows = torch.full((len(queries), groups), -1, dtype=torch.int64, device=device)
+    order = gallery_group.argsort(stable=True)
+    by_group = gallery_group[order]
+    given = operands(queries, norms, gallery, metric)
+    given = given._replace(gallery_bounds=tuple(part[order] for part in given.gallery_bounds))
+    gallery_keys = None if gallery_keys is None else gallery_keys[order]
+    excluded = exclusion_of(queries, query_keys, gallery_keys)
+    addresses = order.data_ptr(), by_group.data_ptr()
+    grouped = module.Grouped(pairs_of(queries, norms, gallery, metric), bounds_of(given), excluded, *addresses, groups)
+    with one_thread_each(device) as threads:
+        sweep(
+            given,
+            lambda _, tile: call("group_tile", device, grouped, tile, scores.data_ptr(), rows.data_ptr()),
+            threads=threads,
+            order=order,
+        )
+    return 0 - scores if metric == "l2" else scores, rows
+
+
+def _listed(queries: Tensor, offsets: Tensor, listed: dict[str, Tensor]) -> None:
+    ((name, tensor),) = listed.items()
+    _check.shape("offsets", offsets, (len(queries) + 1,), "[Q+1]")
+    _check.shape(name, tensor, (None,), "[P]")
+    for each, given in (("offsets", offsets), (name, tensor)):
+        _check.dtype(each, given, (torch.int64,))
+        _check.same_device(each, given, "queries", queries)
+    count = len(tensor)
     if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets: expected ascending numbers from 0 to {count}, got {offsets[:8].tolist()}...")
-    if count and not (int(positives.min()) >= 0 and int(positives.max()) < len(gallery)):
-        raise ValueError(f"positives: expected gallery rows in 0..{len(gallery) - 1}")
-    module = extension()
-    if module is None or (queries.is_cuda and not module.with_cuda):
-        return pair_scores_reference(queries, gallery, offsets, positives, metric=metric)
-    tensors = [tensor.contiguous() for tensor in (queries, gallery, offsets, positives)]
-    out = torch.empty(count, dtype=torch.float32, device=queries.device)
-    sizes = (len(queries), queries.shape[1], count, METRICS.index(metric))
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    if queries.is_cuda:
-        stream = torch.cuda.current_stream(queries.device)
-        module.pair_scores_cuda(*addresses, *sizes, queries.device.index, stream.cuda_stream, out.data_ptr())
-    else:
-        module.pair_scores_cpu(*addresses, *sizes, torch.get_num_threads(), out.data_ptr())
-    return out
+
+
+def _groups(queries: Tensor, gallery: Gallery, query_group: Tensor, gallery_group: Tensor) -> None:
+    for name, group, count, legend in (
+        ("query_group", query_group, len(queries), "[Q]"),
+        ("gallery_group", gallery_group, len(gallery), "[G]"),
+    ):
+        _check.shape(name, group, (count,), legend)
+        _check.dtype(name, group, (torch.int64,))
+        _check.same_device(name, group, "queries", queries)

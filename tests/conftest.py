@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from engine.config import ModelConfig
+from engine.protocols import Metrics, score_trial
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +29,17 @@ def pytest_configure() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if worker and len(cores) > 1:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def one_hot(scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of queries and gallery whose inner products are these scores [Q, G]."""
+    scores = torch.from_numpy(np.asarray(scores)).float()
+    return torch.eye(len(scores)), scores.T.contiguous()
+
+
+def score_similarities(trial, index, protocol, scores, **options) -> Metrics:
+    """score_trial of given scores [Q, G], greater = more alike."""
+    return score_trial(trial, index, protocol, *one_hot(scores), metric="ip", **options)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import score_similarities
 from test_datasets import DATALISTS, TREES, images, write
 
 from engine.data import index as module
@@ -27,7 +28,7 @@ from engine.data.index import (
     stored_index,
 )
 from engine.errors import InputError
-from engine.protocols import PROTOCOLS, group_members, score_trial
+from engine.protocols import PROTOCOLS, group_members
 from recipes import data as recipe
 
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}
@@ -225,7 +226,7 @@ def test_without_cameras_no_positive_is_junk(tmp_path):
         protocol = PROTOCOLS[name]
         [trial] = protocol.trials(index)
         assert not group_members(trial, index, protocol).junk.any()
-        metrics = score_trial(trial, index, protocol, similarity)
+        metrics = score_similarities(trial, index, protocol, similarity)
         assert metrics.queries == 2
         # query a: c, e, a, d -> positives at 1 and 3; query b: c, e, d, a -> at 2 and 3
         assert metrics.mAP == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
@@ -248,7 +249,7 @@ def test_cameras_in_names_make_junk_as_in_the_authors_layout(tmp_path):
         [index] = find_indexes(tmp_path / folder)
         [trial] = protocol.trials(index)
         assert group_members(trial, index, protocol).junk.tolist() == [True, False, False]
-        metrics.append(score_trial(trial, index, protocol, np.linspace(0, 1, len(trial.gallery))[None]))
+        metrics.append(score_similarities(trial, index, protocol, np.linspace(0, 1, len(trial.gallery))[None]))
     assert metrics[0].mAP == metrics[1].mAP
 
 

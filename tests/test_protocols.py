@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import one_hot, score_similarities
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ from engine.protocols import (
     mean_metrics,
     metrics_from_counts,
     metrics_from_ranking,
-    rescored,
+    score_rescored,
     score_trial,
 )
 from engine.runtime import Runtime
@@ -92,7 +93,7 @@ def test_agrees_with_public_evaluator(case, oracle):
         name: np.concatenate([arrays[f"{case}_query_{name}"], arrays[f"{case}_gallery_{name}"]])
         for name in ("id", "camera", "clothes")
     }
-    query, gallery = (arrays[f"{case}_{role}"].astype(np.float64) for role in ("query", "gallery"))
+    query, gallery = (torch.from_numpy(arrays[f"{case}_{role}"]) for role in ("query", "gallery"))
     index = make_index(
         column["id"], column["camera"], ["query"] * len(query) + ["gallery"] * len(gallery), column["clothes"]
     )
@@ -100,8 +101,7 @@ def test_agrees_with_public_evaluator(case, oracle):
     if oracle.endswith("query_1_on"):
         trial = trial._replace(query=trial.query[1:], group_query=trial.group_query[1:])
         query = query[1:]
-    distance = np.sum((query[:, None] - gallery[None]) ** 2, axis=2)
-    result = score_trial(trial, index, protocol, -distance, truncate=RELEASED.get(oracle))
+    result = score_trial(trial, index, protocol, query, gallery, metric="l2", truncate=RELEASED.get(oracle))
     expected = EXPECTED[case][oracle]
     assert result.mAP == pytest.approx(expected["mAP"], abs=1e-7 if "t2i" in oracle else 1e-12, rel=0)
     np.testing.assert_allclose(result.cmc[: len(expected["cmc"])], expected["cmc"], atol=1e-7, rtol=0)
@@ -115,7 +115,7 @@ def test_agrees_with_public_evaluator(case, oracle):
 def test_ties_go_to_the_lower_gallery_position():
     index = query_gallery([(1, 1, 0)], [(2, 2, 0), (1, 2, 0), (3, 2, 0), (1, 3, 0), (2, 4, 0), (1, 2, 0)])
     row = np.array([[0.5, 0.5, 0.7, 0.5, 0.5, 0.1]], np.float32)  # order 2, 0, [1], [3], 4, [5]
-    result = score_trial(as_distributed(index), index, PROTOCOLS["market1501"], row)
+    result = score_similarities(as_distributed(index), index, PROTOCOLS["market1501"], row)
     assert result.mAP == pytest.approx((1 / 3 + 2 / 4 + 3 / 6) / 3, abs=1e-15)
     assert result.mINP == 3 / 6
     assert result.cmc.tolist() == [0, 0] + [1] * 48
@@ -127,7 +127,7 @@ def test_junk_is_neither_hit_nor_miss():
     index = query_gallery([(1, 1, 0), (9, 1, 0)], gallery)  # nobody is the second query
     scores = -np.tile(np.arange(6.0), (2, 1))
     results = {
-        name: score_trial(as_distributed(index), index, PROTOCOLS[name], scores)
+        name: score_similarities(as_distributed(index), index, PROTOCOLS[name], scores)
         for name in ("market1501", "ltcc:cc", "ltcc:sc", "real2", "real2:pid_clothes", "llcm:vis2ir")
     }
     assert results["market1501"].mAP == pytest.approx((1 / 2 + 2 / 3) / 2)
@@ -136,18 +136,18 @@ def test_junk_is_neither_hit_nor_miss():
     assert results["real2"].mAP == pytest.approx((1 + 2 / 3 + 3 / 4 + 4 / 5) / 4)
     assert all(result.queries == 1 for result in results.values())
     trial = PROTOCOLS["real2:pid_clothes"].trial(index, 0)  # here the same person in outfit 5 is a negative
-    assert score_trial(trial, index, PROTOCOLS["real2:pid_clothes"], scores).mAP == 1 / 2
+    assert score_similarities(trial, index, PROTOCOLS["real2:pid_clothes"], scores).mAP == 1 / 2
     scores[:, 3] = 1.0
-    assert score_trial(trial, index, PROTOCOLS["real2:pid_clothes"], scores).mAP == 1 / 3
+    assert score_similarities(trial, index, PROTOCOLS["real2:pid_clothes"], scores).mAP == 1 / 3
 
 
 def test_llcm_curve_counts_identities():
     index = query_gallery([(1, 1, 0)], [(2, 2, 0), (2, 3, 0), (3, 2, 0), (2, 4, 0), (1, 2, 0), (1, 1, 0)])
     scores = -np.arange(6.0)[None]
-    result = score_trial(as_distributed(index), index, PROTOCOLS["llcm:vis2ir"], scores)
+    result = score_similarities(as_distributed(index), index, PROTOCOLS["llcm:vis2ir"], scores)
     assert result.cmc[:5].tolist() == [0, 0, 1, 1, 1]
     assert (result.mAP, result.mINP) == (1 / 5, 1 / 5)
-    assert score_trial(as_distributed(index), index, PROTOCOLS["market1501"], scores).cmc[:5].tolist() == [
+    assert score_similarities(as_distributed(index), index, PROTOCOLS["market1501"], scores).cmc[:5].tolist() == [
         0,
         0,
         0,
@@ -161,7 +161,9 @@ def test_released_evaluator_cuts_before_removing_junk():
     index = query_gallery([(1, 1, 0), (3, 3, 0)], gallery)
     trial, protocol = as_distributed(index), PROTOCOLS["market1501"]
     scores = np.tile(-np.arange(6.0), (2, 1))
-    result = score_trial(trial, index, protocol, scores, truncate=3)  # the junk at 2 takes one of the three places
+    result = score_similarities(
+        trial, index, protocol, scores, truncate=3
+    )  # the junk at 2 takes one of the three places
     assert result.mAP == pytest.approx(((1 / 2) / 1 + 0) / 2)
     assert result.queries == 2
     assert result.cmc[:3].tolist() == [0, 0.5, 0.5]
@@ -171,17 +173,18 @@ def test_released_evaluator_cuts_before_removing_junk():
 def test_errors_say_what_is_wrong():
     index = query_gallery([(1, 1, 0)], [(1, 2, 0), (2, 2, 0)])
     trial, protocol = as_distributed(index), PROTOCOLS["market1501"]
-    with pytest.raises(ValueError, match=r"similarity: expected float \[1, 2\]"):
-        score_trial(trial, index, protocol, np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="int64"):
-        score_trial(trial, index, protocol, np.zeros((1, 2), np.int64))
-    with pytest.raises(ValueError, match="NaN"):
-        score_trial(trial, index, protocol, np.array([[0, np.nan]]))
+    features = [torch.zeros(1, 3), torch.zeros(2, 3)]
+    with pytest.raises(ValueError, match=r"queries: expected shape \[Q, D\] = \(any, 3\), got \(1, 4\)"):
+        score_trial(trial, index, protocol, torch.zeros(1, 4), features[1])
+    with pytest.raises(ValueError, match=r"queries: expected .*float64"):
+        score_trial(trial, index, protocol, features[0].double(), features[1])
+    with pytest.raises(ValueError, match=r"gallery: .*in 1 rows: 1$"):
+        score_trial(trial, index, protocol, features[0], torch.tensor([[0, 0, 0], [0, 0, np.nan]]))
     with pytest.raises(InputError, match="no query image in hand"):
         PROTOCOLS["llcm:vis2ir"].trials(index)
     alone = query_gallery([(1, 1, 0)], [(1, 1, 0), (2, 2, 0)])
     with pytest.raises(InputError, match="no query has a positive"):
-        score_trial(as_distributed(alone), alone, protocol, np.zeros((1, 2)))
+        score_similarities(as_distributed(alone), alone, protocol, np.zeros((1, 2)))
     with pytest.raises(InputError, match="no query has a positive"):
         expected_random(as_distributed(alone), alone, protocol)
 
@@ -288,16 +291,13 @@ def test_agrees_with_loops_over_a_full_sort(name, data):
         expected = brute_force(name, queries, gallery, [in_order(row) for row in scores], truncate)
         if expected is None:
             with pytest.raises(InputError):
-                score_trial(trial, index, protocol, scores)
+                score_similarities(trial, index, protocol, scores)
             return
-        result = score_trial(trial, index, protocol, scores, truncate=truncate)
+        result = score_similarities(trial, index, protocol, scores, truncate=truncate)
         assert result.mAP == pytest.approx(expected[0], abs=1e-13)
         assert result.mINP == pytest.approx(expected[1], abs=1e-13)
         np.testing.assert_allclose(result.cmc, expected[2], atol=1e-13)
-    result = score_trial(trial, index, protocol, scores)
-    blocks = score_trial(trial, index, protocol, lambda start, stop: scores[start:stop], block=3)
-    assert blocks[:2] == result[:2]
-    assert blocks.cmc.tolist() == result.cmc.tolist()
+    result = score_similarities(trial, index, protocol, scores)
 
     # The same from counts and from a given ranking.
     offsets, positions = members.positives()
@@ -317,7 +317,7 @@ def test_agrees_with_loops_over_a_full_sort(name, data):
         assert other[:2] == pytest.approx(result[:2], abs=1e-15)
         assert protocol.deduplicate or other.cmc.tolist() == result.cmc.tolist()
     for cut in (1, 3, 7):
-        cut_here = score_trial(trial, index, protocol, scores, truncate=cut)
+        cut_here = score_similarities(trial, index, protocol, scores, truncate=cut)
         cut_list = metrics_from_ranking(order, kinds == "hit", kinds == "junk", truncate=cut)
         assert cut_list[:2] == pytest.approx(cut_here[:2], abs=1e-15)
         assert cut_list.cmc.tolist() == cut_here.cmc.tolist()
@@ -446,11 +446,13 @@ def test_agrees_with_files_and_loops_on_the_drawn_data(name, mini, drawn):
                     [head[i] for i in in_order([row[at] for at in head])] + ranking[len(head) :]
                     for head, ranking, row in zip(heads, rankings, matching, strict=True)
                 ]
-                ours = [rescored(np.array(r), row[h]) for r, h, row in zip(rankings, heads, matching, strict=True)]
                 matches = np.equal.outer(index.pid[trial.query], index.pid[trial.gallery])
-                measured.append(metrics_from_ranking(np.array(ours), matches))
-                expected.append(brute_force(name, queries, gallery, again))
-        measured.append(score_trial(trial, index, protocol, scores))
+                new = np.take_along_axis(matching, np.array(heads), 1)
+                head = np.array(heads), new
+                measured.append(score_rescored(trial, index, protocol, *one_hot(scores), *head, metric="ip"))
+                measured.append(metrics_from_ranking(np.array(again), matches))
+                expected += [brute_force(name, queries, gallery, again)] * 2
+        measured.append(score_similarities(trial, index, protocol, scores))
         expected.append(brute_force(name, queries, gallery, rankings))
         assert (measured[-1].gallery, measured[-1].identities) == (len(gallery), len({q["pid"] for q in queries}))
     for ours, (mAP, mINP, cmc) in zip(measured, expected, strict=True):
@@ -586,7 +588,7 @@ def test_vc_clothes_cameras_and_captions():
     assert trial.query_caption is not None
     assert trial.query_caption.tolist() == [0, 1, 0]
     assert trial.gallery.tolist() == [0, 1, 2]
-    result = score_trial(trial, index, PROTOCOLS["cuhk_pedes"], -np.tile(np.arange(3.0), (3, 1)))
+    result = score_similarities(trial, index, PROTOCOLS["cuhk_pedes"], -np.tile(np.arange(3.0), (3, 1)))
     assert result.mAP == pytest.approx((1 + 2 / 3) / 2)  # the captioned image itself is a positive
 
 
@@ -606,7 +608,7 @@ def test_chance_is_the_mean_over_all_rankings():
         index = query_gallery([(1, 1, 0), (2, 9, 0), (4, 1, 0)], [(*image, 0) for image in gallery])
         trial, protocol = as_distributed(index), PROTOCOLS["market1501"]
         every = [
-            mean_metrics([score_trial(trial, index, protocol, np.tile(np.array(ranking, float), (3, 1)))])
+            mean_metrics([score_similarities(trial, index, protocol, np.tile(np.array(ranking, float), (3, 1)))])
             for ranking in permutations(range(len(gallery)))
         ]
         expected = {name: np.mean([result[name] for result in every]) for name in every[0]}
@@ -621,7 +623,7 @@ def test_chance_agrees_with_simulation():
     trial = by_identity(index, np.arange(200), np.arange(200, 1000))
     for name in ("market1501", "llcm:vis2ir"):
         protocol = PROTOCOLS[name]
-        drawn = [mean_metrics([score_trial(trial, index, protocol, rng.random((200, 800)))]) for _ in range(20)]
+        drawn = [mean_metrics([score_similarities(trial, index, protocol, rng.random((200, 800)))]) for _ in range(20)]
         for key, value in expected_random(trial, index, protocol).items():
             values = [result[key] for result in drawn]
             assert abs(np.mean(values) - value) < 5 * np.std(values, ddof=1) / 20**0.5

@@ -1,0 +1,55 @@
+// What a product of a matrix multiplication says about the canonical score of its pair: an interval that holds it.
+//
+//   low, high = s a P + b + c  -/+  (x e + y f + h)
+//
+// P is the product (float32, or int32 of quantised operands); a, b, e, f belong to the gallery row, s, c, x, y, h to the
+// query. kernels/_bounds.py computes them for every metric and precision, and proves the interval. A row or query for
+// which nothing can be promised has e or x infinite: its interval is everything.
+#pragma once
+#include <cmath>
+
+#include "score.h"
+
+struct QueryBound {
+  float s, c, x, y, h;
+};
+
+struct Bounds {
+  const float *a, *b, *e, *f;     // by gallery row
+  const QueryBound* of_query;
+};
+
+struct Candidate {
+  float low, high;  // equal: the canonical score
+  int32_t row;
+};
+
+// A rectangle of products [q1 - q0, g1 - g0].
+struct Tile {
+  const void* products;
+  int integers;  // int32, else float32
+  int64_t q0, q1, g0, g1;
+};
+
+HOST_DEVICE ALWAYS_INLINE Candidate candidate(float product, const Bounds& bounds, const QueryBound& q, int64_t g) {
+  const float key = product * bounds.a[g] * q.s + (bounds.b[g] + q.c);
+  const float error = q.x * bounds.e[g] + (q.y * bounds.f[g] + q.h);
+  float low = key - error, high = key + error;
+  if (!(low <= high)) {  // NaN
+    low = -INFINITY;
+    high = INFINITY;
+  }
+  return {low, high, static_cast<int32_t>(g)};
+}
+
+// Keys by which a query leaves gallery rows out: any of J equal ones.
+struct Exclusion {
+  const int64_t *query_keys, *gallery_keys;  // [Q, J], [G, J]
+  int64_t J;
+
+  HOST_DEVICE ALWAYS_INLINE bool operator()(int64_t q, int64_t g) const {
+    for (int64_t j = 0; j < J; ++j)
+      if (query_keys[q * J + j] == gallery_keys[g * J + j]) return true;
+    return false;
+  }
+};

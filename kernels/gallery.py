@@ -1,0 +1,406 @@
+"""Galleries made ready to be searched, and the sweep over them that `topk`, `count_ahead` and `best_per_group` share.
+
+The sweep multiplies blocks of queries with blocks of the gallery (float32 by torch's BLAS, or int8) and hands each tile
+of products to a filter. The filter needs to know how far a product can be from the canonical score of its pair:
+
+    |s a P + b + c  -  score| <= x e + y f + h
+
+P is the product; a, b, e, f belong to the gallery row, s, c, x, y, h to the query. Proof, with u = 2^-24, D features,
+norms n of the query and m of the row, gamma = D u / (1 - D u):
+
+float32   A sum of D products in float32, in any order, fused or not, errs by gamma Σ|q_i g_i| <= gamma n m (Higham,
+          Accuracy and Stability of Numerical Algorithms, 2002, §3.1; Cauchy-Schwarz). Rounding a, s, b, c, what the
+          filter adds, and the score itself to float32 errs by at most 5 u each of n m (inner product), 1 (cosine: all
+          is divided by n m), (n + m)² (squared distance, whose negative is 2 P - m² - n²; n m twice is (n + m)² / 2 at
+          most). C = 1.02 (gamma + 16 u) covers them, and the float32 arithmetic of the error itself; so the error is
+          C n m, C or C (n + m)² = C n² + 2 C n m + C m².
+codes     q = s_q q' + δ, g = s_g g' + ε, with q', g' in int8 or bfloat16 and the residuals' norms |δ|, |ε| computed.
+          q·g - s_q s_g q'·g' = δ·g + s_q q'·ε <= |δ| m + |s_q q'| |ε|. An integer product is exact, so 16 u n m are
+          added as above; bfloat16's is summed in float32, for which 4 C n m are added (tensor cores may cut off where
+          others round). Inner product and cosine only.
+
+Numbers that underflow err by 2^-126 instead of u: harmless where 1e-12 <= n, m <= 1e18, for then D 2^-126 (n + m + 1)
+is far below 16 u n m. Outside of that (but for zero rows, whose products are exactly 0) nothing is promised: e or x is
+infinite, and such rows are always scored canonically.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import _check
+from kernels._library import extension
+
+METRICS = ("cosine", "ip", "l2")
+KINDS = (torch.float32, torch.float16, torch.bfloat16)
+U = 2.0**-24
+LOWEST, HIGHEST = 1e-12, 1e18  # norms between which the bounds hold
+MOST_FEATURES = 1 << 16  # int8: D 127² fits int32; float32: gamma stays small
+ROWS, COLUMNS = 1024, 1024  # of a tile on a CPU: its products stay in the cache
+CODED = 127  # greatest int8 code
+CODES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
+DEVICE_ROWS, DEVICE_COLUMNS = 2048, 2048  # of a tile on a GPU: its products stay in the L2 cache
+
+
+class Gallery:
+    """A gallery made ready once, for any number of searches: `prepare_gallery`.
+
+    features  [G, D] float32, float16 or bfloat16, contiguous
+    norms     [G] float64, canonical
+    keys      [G, J] int64, or None
+    codes     [G, D] int8 with scales [G] float32 and residual norms [G] float64, or None
+    """
+
+    def __init__(self, features: Tensor, norms: Tensor, keys: Tensor | None, codes: Codes | None):
+        self.features, self.norms, self.keys, self.codes = features, norms, keys, codes
+        self._bounds: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.features.shape
+
+    def bounds(self, metric: str, coded: bool) -> tuple[Tensor, ...]:
+        """a, b, e, f of this module's head, [G] float32 each."""
+        if (metric, coded) not in self._bounds:
+            self._bounds[metric, coded] = gallery_bounds(
+                self.norms, self.shape[1], metric, self.codes if coded else None
+            )
+        return self._bounds[metric, coded]
+
+
+class Codes(NamedTuple):
+    """Rows in few bits times a scale: values [n, D] int8 or bfloat16, scale [n] float32, norm [n] of scale · values and
+    residual [n], the norm of what that leaves, float64. slack: how far a product of values can be from the exact one,
+    in parts of n m."""
+
+    values: Tensor
+    scale: Tensor
+    norm: Tensor
+    residual: Tensor
+    slack: float
+
+
+def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precision: str | None = "auto") -> Gallery:
+    """Compute once what every search of this gallery needs: norms, keys, codes of low precision.
+
+    gallery        [G, D] float32, float16 or bfloat16
+    keys           [G] or [G, J] int64: `topk(..., query_keys=)` leaves rows out by them
+    low_precision  "int8" or "bfloat16": keep codes as well, find candidates by products of these, faster on processors
+                   that multiply them faster, and with the same results (inner product and cosine); None: float32 only;
+                   "auto": int8 on a CPU with VNNI instructions
+
+    ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
+    """
+    _check.shape("gallery", gallery, (None, None), "[G, D]")
+    _check.dtype("gallery", gallery, KINDS)
+    _check.one_of("low_precision", low_precision, (None, "auto", *CODES))
+    if not len(gallery) < 2**31:
+        raise ValueError(f"gallery: expected fewer than 2^31 rows, got {len(gallery)}; divide it into shards")
+    features = gallery.detach().contiguous()
+    norms = row_norms("gallery", features)
+    if low_precision == "auto":
+        low_precision = "int8" if features.device.type == "cpu" and int8_is_fast() else None
+    usable = low_precision is not None and 0 < features.shape[1] < MOST_FEATURES
+    codes = encode(features, CODES[low_precision]) if usable and low_precision is not None else None
+    return Gallery(features, norms, keys_of("keys", keys, "gallery", features), codes)
+
+
+def keys_of(name: str, keys: Tensor | None, of: str, rows: Tensor) -> Tensor | None:
+    """[n, J] int64 contiguous, from [n] or [n, J]."""
+    if keys is None:
+        return None
+    keys = keys[:, None] if keys.dim() == 1 else keys
+    _check.shape(name, keys, (len(rows), None), f"[{of} rows] or [{of} rows, J]")
+    _check.dtype(name, keys, (torch.int64,))
+    _check.same_device(name, keys, of, rows)
+    return keys.contiguous()
+
+
+def row_norms(name: str, rows: Tensor) -> Tensor:
+    """[n] float64 canonical norms of contiguous rows [n, D]. ValueError names rows that are not finite."""
+    norms = _norms(rows)
+    broken = (~norms.isfinite()).nonzero()[:, 0]
+    if len(broken):
+        some = ", ".join(map(str, broken[:8].tolist())) + (", ..." if len(broken) > 8 else "")
+        raise ValueError(f"{name}: expected finite numbers, got NaN or inf in {len(broken)} rows: {some}")
+    return norms
+
+
+def _norms(rows: Tensor) -> Tensor:
+    module = backend(rows)
+    if module is None:
+        return torch.cat([running_sum(part.double().square()).sqrt() for part in rows.split(4096)])
+    norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    kind, (count, D) = KINDS.index(rows.dtype), rows.shape
+
+    def work(start: int, stop: int) -> None:
+        addresses = rows[start:].data_ptr(), kind, stop - start, D, norms[start:].data_ptr()
+        call("norms", rows.device, *addresses)
+
+    in_parts(work, count, rows.device, least=4096)
+    return norms
+
+
+def running_sum(terms: Tensor) -> Tensor:
+    """[..., D] float64 -> [...]: csrc/score.h's order of adding."""
+    D = terms.shape[-1]
+    padded = torch.nn.functional.pad(terms, (0, -D % 32)).unflatten(-1, (-1, 32))
+    lanes = torch.zeros_like(padded[..., 0, :]) if D else terms.new_zeros(*terms.shape[:-1], 32)
+    for step in padded.unbind(-2):
+        lanes = lanes + step
+    while lanes.shape[-1] > 1:
+        one, other = lanes.chunk(2, -1)
+        lanes = one + other
+    return lanes[..., 0]
+
+
+def encode(rows: Tensor, dtype: torch.dtype) -> Codes:
+    """Rows [n, D] as int8 with a scale each or as bfloat16, and what is lost."""
+    parts = []
+    for part in rows.split(8192):
+        part = part.float()
+        scale = torch.ones_like(part[:, 0])
+        values = part
+        if dtype == torch.int8:
+            scale = part.abs().amax(1).clamp(min=1e-30) / CODED
+            values = (part / scale[:, None]).round().clamp(-CODED, CODED)
+        values = values.to(dtype)
+        coded = values.double() * scale.double()[:, None]
+        parts.append((values, scale, coded.norm(dim=1), (part.double() - coded).norm(dim=1)))
+    slack = 16 * U if dtype == torch.int8 else 4 * _constant(rows.shape[1])
+    codes, scale, norm, residual = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Codes(codes, scale, norm, residual, slack)
+
+
+def gallery_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> tuple[Tensor, ...]:
+    """a, b, e, f [G] float32. norms: [G] float64."""
+    m, zero, C = norms, torch.zeros_like(norms), _constant(D)
+    one = torch.ones_like(norms)
+    if codes is not None:
+        scale, residual = codes.scale.double(), 1.001 * codes.residual
+        a, b, e, f = (scale, zero, m, residual) if metric == "ip" else (_over(scale, m), zero, one, _over(residual, m))
+    elif metric == "ip":
+        a, b, e, f = one, zero, C * m, zero
+    elif metric == "cosine":
+        a, b, e, f = _over(one, m), zero, zero, zero
+    else:
+        a, b, e, f = 2 * one, -m * m, 2 * C * m, C * m * m
+    return tuple(part.float().contiguous() for part in (a, b, _unless_wild(e, m), f))
+
+
+def query_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> Tensor:
+    """s, c, x, y, h as [Q, 5] float32. norms: [Q] float64."""
+    n, zero, one, C = norms, torch.zeros_like(norms), torch.ones_like(norms), _constant(D)
+    if codes is not None:
+        scale, residual = codes.scale.double(), 1.001 * codes.residual
+        slack = 1.1 * codes.slack * one
+        s, c, x, y, h = scale, zero, residual + slack * n, 1.001 * codes.norm, zero
+        if metric == "cosine":
+            s, x, y, h = _over(s, n), _over(residual, n), _over(y, n), slack
+    elif metric == "ip":
+        s, c, x, y, h = one, zero, n, zero, zero
+    elif metric == "cosine":
+        s, c, x, y, h = _over(one, n), zero, one, zero, C * one
+    else:
+        s, c, x, y, h = one, -n * n, n, one, C * n * n
+    return torch.stack([s, c, _unless_wild(x, n), y, h], 1).float().contiguous()
+
+
+def _constant(D: int) -> float:
+    return 1.02 * (D * U / (1 - D * U) + 16 * U) if D < MOST_FEATURES else float("inf")
+
+
+def _over(value: Tensor, norm: Tensor) -> Tensor:
+    return torch.where(norm > 0, value / norm, 0)
+
+
+def _unless_wild(value: Tensor, norm: Tensor) -> Tensor:
+    return torch.where((norm > 0) & ((norm < LOWEST) | (norm > HIGHEST)), torch.inf, value)
+
+
+# The sweep.
+
+
+@functools.cache
+def int8_is_fast() -> bool:
+    """Whether this processor has VNNI: four times float32's products in an instruction."""
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
+def backend(tensor: Tensor) -> ModuleType | None:
+    """The extension, where it serves this tensor's device; None: the Python forms."""
+    module = extension()
+    return module if module is not None and (not tensor.is_cuda or module.with_cuda) else None
+
+
+def call(name: str, device: torch.device, *given: Any) -> None:
+    """The extension's function for this device; on a GPU it is launched on torch's current stream."""
+    module = extension()
+    assert module is not None
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        getattr(module, f"{name}_cuda")(*given, module.Launch(stream.device_index, stream.cuda_stream))
+    else:
+        getattr(module, f"{name}_cpu")(*given)
+
+
+_threads = threading.Lock()
+_waiting, _count = 0, 1
+
+
+@contextlib.contextmanager
+def one_thread_each(device: torch.device) -> Iterator[int]:
+    """On a CPU: torch's products take one thread each meanwhile; yields how many torch had: so many may run side by
+    side. (A product for each thread beats one product for all: nobody waits, and what a thread made it reads from its
+    cache.)"""
+    global _waiting, _count
+    if device.type != "cpu":
+        yield 1
+        return
+    with _threads:
+        if not _waiting:
+            _count = torch.get_num_threads()
+            if _count > 1:
+                torch.set_num_threads(1)
+        _waiting += 1
+    try:
+        yield _count
+    finally:
+        with _threads:
+            _waiting -= 1
+            if not _waiting and _count > 1:
+                torch.set_num_threads(_count)
+
+
+def in_parts(work: Callable[[int, int], Any], count: int, device: torch.device, *, least: int) -> None:
+    """work(start, stop) over 0 .. count: on a CPU in a part for each of torch's threads, none much below `least`."""
+    parts = max(1, min(torch.get_num_threads(), count // least)) if device.type == "cpu" else 1
+    run_all([functools.partial(work, count * i // parts, count * (i + 1) // parts) for i in range(parts)], parts)
+
+
+def run_all(tasks: Sequence[Callable[[], Any]], threads: int) -> None:
+    if threads < 2 or len(tasks) < 2:
+        for task in tasks:
+            task()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+
+
+class Operands(NamedTuple):
+    """What is multiplied: queries [Q, D] and gallery [G, D], float32 (the gallery also in its stored type), int8 or
+    bfloat16; and the bounds of the products."""
+
+    queries: Tensor
+    gallery: Tensor
+    query_bounds: Tensor
+    gallery_bounds: tuple[Tensor, ...]
+
+
+def operands(queries: Tensor, query_norms: Tensor, gallery: Gallery, metric: str) -> Operands:
+    D = queries.shape[1]
+    coded = gallery.codes is not None and metric != "l2"
+    codes = encode(queries, gallery.codes.values.dtype) if gallery.codes is not None and coded else None
+    return Operands(
+        queries if codes is None else codes.values,
+        gallery.codes.values if gallery.codes is not None and coded else gallery.features,
+        query_bounds(query_norms, D, metric, codes),
+        gallery.bounds(metric, coded),
+    )
+
+
+Visit = Callable[[int, Any], None]  # (part of the gallery, tile)
+
+
+def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order: Tensor | None = None) -> None:
+    """visit(part, tile) for tiles that cover all queries and the whole gallery, in ascending order of the gallery for
+    each query. Two tiles of the same queries are never visited at the same time, unless their parts differ.
+
+    threads  from `one_thread_each`
+    parts    of the gallery, swept side by side, each by all queries
+    order    [G] the gallery's rows as the tiles' columns, instead of 0 .. G - 1
+    """
+    Q, G = len(given.queries), len(given.gallery)
+    most = DEVICE_ROWS if given.queries.is_cuda else ROWS
+    share = -(-Q // (threads if parts == 1 else 1))
+    rows = max(1, -(-share // max(1, -(-share // most))))
+    tasks = [
+        functools.partial(_strip, given, visit, order, part, range(start, min(start + rows, Q)), columns)
+        for part, columns in enumerate(itertools.pairwise(G * i // parts for i in range(parts + 1)))
+        for start in range(0, Q, rows)
+    ]
+    run_all(tasks, threads)
+
+
+def parts_of(queries: int, gallery: int, threads: int) -> int:
+    """How many parts of the gallery: as many as threads, where queries are too few to be divided."""
+    return threads if queries < 128 * threads and gallery > 8 * COLUMNS else 1
+
+
+def _strip(
+    given: Operands, visit: Visit, order: Tensor | None, part: int, rows: range, columns: tuple[int, int]
+) -> None:
+    """All tiles of these queries and this part of the gallery."""
+    module = backend(given.queries)
+    assert module is not None
+    queries = given.queries[rows.start : rows.stop]
+    height, wide = (DEVICE_ROWS, DEVICE_COLUMNS) if queries.is_cuda else (ROWS, COLUMNS)
+    width = wide * max(1, min(height // len(rows), 16))
+    integers = queries.dtype == torch.int8
+    dtype = torch.int32 if integers else torch.float32
+    buffer = torch.empty(len(rows) * width, dtype=dtype, device=queries.device)
+    for start in range(*columns, width):
+        stop = min(start + width, columns[1])
+        rest = given.gallery[start:stop] if order is None else given.gallery[order[start:stop]]
+        products = buffer[: len(rows) * (stop - start)].view(len(rows), stop - start)
+        multiply(queries, rest.to(queries.device, non_blocking=True), products)
+        visit(part, module.Tile(products.data_ptr(), integers, rows.start, rows.stop, start, stop))
+
+
+def multiply(queries: Tensor, rows: Tensor, products: Tensor) -> None:
+    """products = queries rowsᵀ: int8 into int32, bfloat16 and float32 into float32."""
+    if queries.dtype == torch.int8:
+        torch._int_mm(queries, rows.T, out=products)
+    elif queries.dtype == torch.bfloat16 and queries.is_cuda:
+        torch.mm(queries, rows.T, out_dtype=torch.float32, out=products)  # type: ignore[call-overload]
+    else:
+        torch.mm(queries.float(), rows.float().T, out=products)
+
+
+def pairs_of(queries: Tensor, norms: Tensor, gallery: Gallery, metric: str) -> Any:
+    """The extension's `Pairs`; the tensors must outlive it."""
+    addresses = [part.data_ptr() for part in (queries, gallery.features, norms, gallery.norms)]
+    kind = KINDS.index(gallery.features.dtype)
+    return _module(queries).Pairs(*addresses, queries.shape[1], kind, METRICS.index(metric))
+
+
+def bounds_of(given: Operands) -> Any:
+    """The extension's `Bounds`; the tensors must outlive it."""
+    return _module(given.queries).Bounds(*(part.data_ptr() for part in (*given.gallery_bounds, given.query_bounds)))
+
+
+def exclusion_of(queries: Tensor, query_keys: Tensor | None, gallery_keys: Tensor | None) -> Any:
+    """The extension's `Exclusion`; the tensors must outlive it."""
+    if query_keys is None or gallery_keys is None:
+        return _module(queries).Exclusion(0, 0, 0)
+    return _module(queries).Exclusion(query_keys.data_ptr(), gallery_keys.data_ptr(), query_keys.shape[1])
+
+
+def _module(tensor: Tensor) -> ModuleType:
+    module = backend(tensor)
+    assert module is not None
+    return module

@@ -1,0 +1,190 @@
+"""The k best gallery rows of every query, exact, with rows left out by keys.
+
+Shapes: Q queries, G gallery rows, D features, J columns of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import _check
+from kernels.gallery import (
+    KINDS,
+    METRICS,
+    Gallery,
+    backend,
+    bounds_of,
+    call,
+    exclusion_of,
+    in_parts,
+    keys_of,
+    one_thread_each,
+    operands,
+    pairs_of,
+    parts_of,
+    prepare_gallery,
+    row_norms,
+    running_sum,
+    sweep,
+)
+
+ROOM, DEVICE_ROOM = 256, 4096  # candidates beyond k that a list holds; csrc/topk_block.h asks for 2048 on a GPU
+QUERIES = 4096  # whose lists are held at a time
+
+
+def topk_reference(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    k: int,
+    *,
+    metric: str = "cosine",
+    query_keys: Tensor | None = None,
+    gallery_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `topk`, in plain torch: every canonical score, then a stable sort."""
+    queries, gallery, query_keys, k = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
+    values, indices = empty_result(len(queries), k, queries.device)
+    for q in range(len(queries)):
+        scores = canonical_scores(queries[q : q + 1], gallery, metric)[0]
+        admissible = torch.ones(len(gallery), dtype=torch.bool, device=queries.device)
+        if query_keys is not None and gallery.keys is not None:
+            admissible = (query_keys[q] != gallery.keys).all(1)
+        rows = admissible.nonzero()[:, 0]
+        best = scores[rows].argsort(descending=True, stable=True)[:k]
+        values[q, : len(best)], indices[q, : len(best)] = scores[rows][best], rows[best]
+    return 0 - values if metric == "l2" else values, indices
+
+
+def canonical_scores(queries: Tensor, gallery: Gallery, metric: str) -> Tensor:
+    """[Q, G] float32 canonical scores, greater = nearer (the squared distance comes negative); in plain torch."""
+    parts = []
+    for rows, norms in zip(gallery.features.split(4096), gallery.norms.split(4096), strict=True):
+        q, r = queries.double()[:, None], rows.double()[None]
+        if metric == "l2":
+            parts.append(-running_sum((q - r) * (q - r)))
+            continue
+        dot = running_sum(q * r)
+        if metric == "cosine":
+            norm = running_sum(q * q).sqrt() * norms
+            dot = torch.where(norm > 0, dot / norm, 0)
+        parts.append(dot)
+    return torch.cat(parts, 1).float() if parts else queries.new_zeros(len(queries), 0)
+
+
+def topk(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    k: int,
+    *,
+    metric: str = "cosine",
+    query_keys: Tensor | None = None,
+    gallery_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best admissible gallery rows of every query, by canonical scores (csrc/score.h), equal ones by lower row.
+
+    queries       [Q, D] float32, float16 or bfloat16
+    gallery       [G, D] of these types, or what `prepare_gallery` made of it (and its keys)
+    k             any number >= 0, also beyond G
+    metric        "cosine" (0 with a zero vector), "ip" (inner product) or "l2" (squared Euclidean distance)
+    query_keys, gallery_keys  [Q] and [G], or [Q, J] and [G, J] int64: a row is left out when any of its keys equals the
+                  query's in the same column
+
+    Returns values float32 [Q, k] and rows int64 [Q, k], best first; missing ones are -inf (l2: +inf) and -1. The result
+    depends on nothing but the inputs: not on threads, blocks, shards or processor. Not differentiable.
+    ValueError for other shapes, dtypes or devices, and for rows that are not finite.
+    """
+    queries, gallery, query_keys, k = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
+    if backend(queries) is None:
+        return topk_reference(queries, gallery, k, metric=metric, query_keys=query_keys)
+    Q, kept = len(queries), min(k, len(gallery))
+    values, indices = empty_result(Q, k, queries.device)
+    norms = row_norms("queries", queries)
+    for start in range(0, Q if kept else 0, QUERIES):
+        part = slice(start, start + QUERIES)
+        keys = None if query_keys is None else query_keys[part]
+        best = _search(queries[part], norms[part], gallery, kept, metric, keys)
+        values[part, :kept], indices[part, :kept] = best
+    return 0 - values if metric == "l2" else values, indices
+
+
+def _search(
+    queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, query_keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    module = backend(queries)
+    assert module is not None
+    device, Q = queries.device, len(queries)
+    given = operands(queries, norms, gallery, metric)
+    excluded = exclusion_of(queries, query_keys, gallery.keys)
+    search = module.TopK(pairs_of(queries, norms, gallery, metric), bounds_of(given), excluded, k)
+    capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
+    with one_thread_each(device) as threads:
+        parts = parts_of(Q, len(gallery), threads)
+        entries = torch.empty(parts, Q, capacity, 3, dtype=torch.int32, device=device)
+        counts = torch.zeros(parts, Q, dtype=torch.int32, device=device)
+        floors = torch.full((parts, Q), -torch.inf, device=device)
+        lists = [
+            module.Candidates(entries[p].data_ptr(), counts[p].data_ptr(), floors[p].data_ptr(), capacity)
+            for p in range(parts)
+        ]
+        sweep(
+            given,
+            lambda part, tile: call("topk_tile", device, search, tile, lists[part]),
+            threads=threads,
+            parts=parts,
+        )
+    if queries.is_cuda:
+        call("topk_finish", device, search, lists[0], Q)
+        width = max(k, int(counts.max()))
+        values, rows = empty_result(Q, width, device)
+        call("topk_score", device, search, lists[0], Q, width, values.data_ptr(), rows.data_ptr())
+        values, order = values.sort(dim=1, descending=True, stable=True)  # rows ascend in a list
+        return values[:, :k], rows.gather(1, order[:, :k])
+    values, rows = empty_result(Q, k, device)
+
+    def finish(start: int, stop: int) -> None:
+        call("topk_finish", device, search, lists[0], parts, Q, start, stop, values.data_ptr(), rows.data_ptr())
+
+    in_parts(finish, Q, device, least=8)
+    return values, rows
+
+
+def empty_result(Q: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.full((Q, k), -torch.inf, device=device)
+    return values, torch.full((Q, k), -1, dtype=torch.int64, device=device)
+
+
+def _checked(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    k: int,
+    metric: str,
+    query_keys: Tensor | None,
+    gallery_keys: Tensor | None,
+) -> tuple[Tensor, Gallery, Tensor | None, int]:
+    _check.one_of("metric", metric, METRICS)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+        raise ValueError(f"k: expected a whole number of at least 0, got {k!r}")
+    queries, gallery = searched(queries, gallery)
+    if gallery_keys is not None:
+        if gallery.keys is not None:
+            raise ValueError("gallery_keys: expected None, for the prepared gallery has keys")
+        gallery = Gallery(gallery.features, gallery.norms, None, gallery.codes)
+        gallery.keys = keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
+    query_keys = keys_of("query_keys", query_keys, "queries", queries)
+    if (query_keys is None) != (gallery.keys is None):
+        have, lack = ("query_keys", "gallery_keys") if gallery.keys is None else ("gallery_keys", "query_keys")
+        raise ValueError(f"{lack}: expected [rows] or [rows, J] int64 beside {have}, got None")
+    if query_keys is not None and gallery.keys is not None and query_keys.shape[1] != gallery.keys.shape[1]:
+        raise ValueError(f"query_keys: expected {gallery.keys.shape[1]} columns, got {query_keys.shape[1]}")
+    return queries, gallery, query_keys, k
+
+
+def searched(queries: Tensor, gallery: Tensor | Gallery) -> tuple[Tensor, Gallery]:
+    """(queries as contiguous float32, gallery prepared), checked."""
+    if not isinstance(gallery, Gallery):
+        gallery = prepare_gallery(gallery, low_precision=None)
+    _check.shape("queries", queries, (None, gallery.shape[1]), "[Q, D]")
+    _check.dtype("queries", queries, KINDS)
+    _check.same_device("queries", queries, "gallery", gallery.features)
+    return queries.detach().float().contiguous(), gallery
