@@ -359,7 +359,7 @@ def _strip(
     assert module is not None
     queries = given.queries[rows.start : rows.stop]
     height, wide = (DEVICE_ROWS, DEVICE_COLUMNS) if queries.is_cuda else (ROWS, COLUMNS)
-    width = wide * max(1, min(height // len(rows), 16))
+    width = wide * max(1, min(height // len(rows), 4))
     integers = queries.dtype == torch.int8
     dtype = torch.int32 if integers else torch.float32
     buffer = torch.empty(len(rows) * width, dtype=dtype, device=queries.device)

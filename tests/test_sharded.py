@@ -1,0 +1,56 @@
+"""kernels.sharded on 1, 2, 3, 4 gloo ranks: the bits of one process that holds the whole gallery."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_rank import case
+
+import kernels
+from kernels import sharded
+
+METRICS = ["cosine", "ip", "l2"]
+Q, G, D, K = 11, 700, 24, 60
+
+
+def inputs(kind):
+    given = case(Q, G, D, kind=kind)
+    generator = torch.Generator().manual_seed(1)
+    keys = [torch.randint(0, 4, (n, 2), generator=generator) for n in (Q, G)]
+    return (*given, *keys)
+
+
+def found(given, metric, rank=0, world=1, shard=False):
+    """All results of the rows of this rank; the gallery is cut unevenly, the last of four ranks holds nothing."""
+    queries, gallery, query_group, gallery_group, offsets, listed, query_keys, gallery_keys = given
+    bounds = [0, G] if not shard else {1: [0, G], 2: [0, 100, G], 3: [0, 3, 400, G], 4: [0, 3, 400, G, G]}[world]
+    part = slice(bounds[rank], bounds[rank + 1]) if shard else slice(0, G)
+    ops = sharded if shard else kernels
+    owned = slice(Q * rank // world, Q * (rank + 1) // world)
+    own_listed = listed[offsets[owned.start] : offsets[owned.stop]]
+    own_offsets = offsets[owned.start : owned.stop + 1] - offsets[owned.start]
+    keys = {"query_keys": query_keys[owned], "gallery_keys": gallery_keys[part]}
+    rows = queries[owned], gallery[part]
+    return [
+        *ops.topk(*rows, K, metric=metric),
+        *ops.topk(*rows, G + 9, metric=metric, **keys),
+        *ops.negatives_ahead(*rows, query_group[owned], gallery_group[part], own_offsets, own_listed, metric=metric),
+        *ops.best_per_group(*rows, gallery_group[part], 7, metric=metric, **keys),
+    ]
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for kind in ("normal", "equal", "whole", "wild"):
+        given = inputs(kind)
+        for metric in METRICS:
+            expected = found(given, metric, rank, world)
+            for one, other in zip(found(given, metric, rank, world, shard=True), expected, strict=True):
+                assert torch.equal(one, other), (kind, metric, rank, world)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_number_of_ranks_does_not_matter(world, tmp_path):
+    mp.spawn(work, (world, tmp_path), nprocs=world)
