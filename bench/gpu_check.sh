@@ -30,7 +30,7 @@ shards() {
     "$python" -m pytest -q -m gpu -k "$words" tests/test_attention.py &
     pids+=($!)
   done
-  "$python" -m pytest -q -m gpu tests/test_triplet.py tests/test_rank.py || status=1
+  "$python" -m pytest -q -m gpu tests/test_triplet.py tests/test_topk.py tests/test_rank.py || status=1
   for pid in "${pids[@]}"; do wait "$pid" || status=1; done
   return $status
 }
@@ -45,9 +45,16 @@ step attention 160 "$python" bench/attention.py --batch 32 256 --rounds 15 --jso
   --plot "$logs/attention.png"
 step triplet 90 "$python" bench/triplet.py --samples 128 1024 8192 --rounds 15 --json "$logs/triplet.json" \
   --plot "$logs/triplet.png"
+step topk 60 "$python" bench/topk.py --cases market1501 few --rounds 10 --json "$logs/topk.json" --plot "$logs/topk.png"
+if "$python" -c "import pyarrow" 2> /dev/null; then
+  step rank 60 "$python" bench/rank.py --rounds 10 --json "$logs/rank.json" --plot "$logs/rank.png"
+else
+  echo "== rank: skipped, pyarrow is not installed"
+fi
 step compile_report 120 "$python" bench/compile_report.py --json "$logs/compile_report.json"
 if command -v compute-sanitizer > /dev/null; then
-  step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu tests/test_rank.py
+  step sanitizer 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu -k "normal or equal" \
+    tests/test_topk.py tests/test_rank.py
   step sanitizer_attention 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
     "$python" -m pytest -q -m gpu -k "lengths and bfloat16" tests/test_attention.py
   step sanitizer_triplet 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \

@@ -45,13 +45,12 @@ def rerank(
         sets = _neighbours(nearest[:, :k2]) @ sets / k2
     shared = _shared(sets[:Q].tocsr(), sets[Q:].tocsc())
 
-    # Whoever shares nothing with the query has Jaccard 1: of these the nearest follow, so the best k are among them.
-    found = int(np.diff(shared.indptr).max(initial=0))
-    close = kernels.topk(queries, gallery, min(G, k + found))[1].cpu().numpy()
+    # Whoever shares nothing with the query has Jaccard 1, and comes behind all that are nearer: k rows suffice.
+    cosines, nearby = kernels.topk(queries, gallery, k)
+    scores, close = _distance(cosines), nearby.cpu().numpy()
     overlap = _distance(_pairs(queries, kernels.prepare_gallery(gallery), shared))
     distances = np.empty((Q, k), np.float32)
     rows = np.empty((Q, k), np.int64)
-    scores = _distance(kernels.topk(queries, gallery, close.shape[1])[0])
     for q in range(Q):
         part = slice(*shared.indptr[q : q + 2])
         alone = ~np.isin(close[q], shared.indices[part])

@@ -11,6 +11,8 @@ from conftest import ROOT
 
 import kernels
 from bench import attention, compile_report, measure, triplet
+from bench import rank as rank_benchmark
+from bench import topk as topk_benchmark
 from bench.compiled import ctas_per_sm
 
 
@@ -147,8 +149,47 @@ def test_no_shipped_configuration_spills():
             assert row["padding"] <= 1.4
 
 
+@pytest.mark.slow
+def test_no_kernel_of_csrc_spills():
+    rows = compile_report.csrc_rows()
+    if not rows:
+        pytest.skip("no CUDA toolkit")
+    assert compile_report.faults(rows) == []
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    for name in ("tile_kernel", "finish_kernel", "score_kernel", "norms_kernel", "count_kernel", "group_kernel"):
+        assert any(name in row["kernel"] for row in rows)
+
+
 def test_faults_are_found():
     good = {"kernel": "k", "arch": "sm_90", "spills": 0, "shared": 1000}
     assert compile_report.faults([good]) == []
     bad = [good | {"spills": 8}, good | {"shared": 300_000}, {"kernel": "k", "arch": "sm_90", "error": "no"}]
     assert len(compile_report.faults(bad)) == 3
+
+
+def test_search_benchmark(tmp_path):
+    command = ["bench/topk.py", "--cases", "few", "--queries", "8", "--gallery", "3000", "--k", "5", "--rounds", "1"]
+    command += ["--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["rival"] for row in rows] == list(topk_benchmark.RIVALS)
+    assert all(row["seconds"] > 0 and row["gallery"] == 3000 for row in rows)
+
+
+def test_search_benchmark_notices_other_rows():
+    queries, gallery = topk_benchmark.features_of(4, 200, 32, torch.device("cpu"))
+    case = topk_benchmark.Case("small", queries, gallery, 9)
+    found = topk_benchmark.matmul_topk(case)()
+    ours = kernels.topk(queries, gallery, 9)
+    assert topk_benchmark.agrees(found, ours, case)
+    assert not topk_benchmark.agrees((found[0], found[1].roll(1, 1)), ours, case)
+    assert not topk_benchmark.agrees((found[0] + 0.01, found[1]), ours, case)
+
+
+def test_ranking_benchmark_and_its_rivals_agree(monkeypatch):
+    monkeypatch.setitem(rank_benchmark.CASES, "small", (60, 700, 16, 20))
+    case = rank_benchmark.case_of("small", torch.device("cpu"))
+    expected = rank_benchmark.ours(case)()
+    for rival in (rank_benchmark.argsort_numpy, rank_benchmark.argsort_cython):
+        assert rival(case)() == pytest.approx(expected, abs=1e-6)

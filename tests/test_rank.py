@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_topk import KINDS, METRICS, emulated, every_score, features, level  # noqa: F401
+from test_topk import KINDS, METRICS, emulated, every_score, features, lane_sum, level  # noqa: F401
 
 import kernels
 from kernels import gallery as module
@@ -45,6 +45,13 @@ def expected_best(queries, gallery, groups, count, metric, query_keys=None, gall
             if rows[q, group] < 0 or scores[q, row] > values[q, group]:
                 values[q, group], rows[q, group] = scores[q, row], row
     return torch.from_numpy(-values if metric == "l2" else values), torch.from_numpy(rows)
+
+
+def test_sums_are_added_in_the_order_that_was_promised():
+    rows = torch.randn(40, 77, generator=torch.Generator().manual_seed(0))
+    expected = torch.from_numpy(np.sqrt(lane_sum(rows.double().numpy() ** 2)))
+    assert torch.equal(kernels.prepare_gallery(rows).norms, expected)
+    assert torch.equal(module.running_sum(rows.double().square()).sqrt(), expected)
 
 
 def test_the_extension_is_built():
