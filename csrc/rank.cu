@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // two blocks a multiprocessor at least: left to itself ptxas spills for more
 constexpr int WARPS = 8;  // of a block whose warps work apart
 using Block = OnDevice<THREADS>;
 
@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(32 * WARPS) pair_scores_kernel(Pairs pairs, co
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) count_kernel(Counting counting, Tile tile, int64_t* counts) {
+__global__ void __launch_bounds__(THREADS, 2) count_kernel(Counting counting, Tile tile, int64_t* counts) {
   __shared__ CountShared shared;
   block_count<Block, T>({}, counting, tile, tile.q0 + blockIdx.x, counts, shared);
 }
 
 // A thread for each query and column; those at a group's first column do its work.
 template <class T>
-__global__ void __launch_bounds__(THREADS) group_kernel(Grouped grouped, Tile tile, float* scores, int64_t* rows) {
+__global__ void __launch_bounds__(THREADS, 2) group_kernel(Grouped grouped, Tile tile, float* scores, int64_t* rows) {
   const int64_t q = tile.q0 + blockIdx.x;
   for (int64_t at = tile.g0 + threadIdx.x; at < tile.g1; at += THREADS)
     if (at == tile.g0 || grouped.group[at] != grouped.group[at - 1])

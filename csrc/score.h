@@ -56,31 +56,34 @@ HOST_DEVICE ALWAYS_INLINE double add_term(A query, B row, double sum) {
 #endif
 }
 
-#ifdef __CUDA_ARCH__
-// One lane's sum.
-template <bool DISTANCE, bool FUSED, class A, class B>
-__device__ __noinline__ double lane_sum(const A* query, const B* row, int64_t D, int lane) {
-  double sum = 0;
-  for (int64_t i = lane; i < D; i += LANES) sum = add_term<DISTANCE, FUSED>(query[i], row[i], sum);
-  return sum;
+// Sum of the terms of D features by a thread that has no registers for all lanes: one lane after another, in the order in
+// which their sums meet (0, 16, 8, 24, ..: numbers with their bits reversed), so that five are held at most.
+template <bool DISTANCE, class A, class B>
+HOST_DEVICE ALWAYS_INLINE double narrow_sum_of_terms(const A* query, const B* row, int64_t D) {
+  double s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+  for (int n = 0; n < LANES; ++n) {
+    const int lane = (n & 1) << 4 | (n & 2) << 2 | (n & 4) | (n & 8) >> 2 | (n & 16) >> 4;
+    double sum = 0;
+    for (int64_t i = lane; i < D; i += LANES) sum = add_term<DISTANCE, false>(query[i], row[i], sum);
+    if (!(n & 1)) { s0 = sum; continue; }
+    sum = s0 + sum;
+    if (!(n & 2)) { s1 = sum; continue; }
+    sum = s1 + sum;
+    if (!(n & 4)) { s2 = sum; continue; }
+    sum = s2 + sum;
+    if (!(n & 8)) { s3 = sum; continue; }
+    sum = s3 + sum;
+    if (!(n & 16)) { s4 = sum; continue; }
+    return s4 + sum;
+  }
+  return 0;
 }
-
-// Lanes `lane`, lane + HALF, lane + 2 HALF, ..: for a thread alone, which has no registers for all of them.
-template <bool DISTANCE, int HALF, class A, class B>
-__device__ __forceinline__ double tree_sum(const A* query, const B* row, int64_t D, int lane) {
-  if constexpr (HALF == LANES)
-    return lane_sum<DISTANCE, true>(query, row, D, lane);
-  else
-    return __dadd_rn(tree_sum<DISTANCE, 2 * HALF>(query, row, D, lane),
-                     tree_sum<DISTANCE, 2 * HALF>(query, row, D, lane + HALF));
-}
-#endif
 
 // Sum of the terms of D features.
 template <bool DISTANCE, bool FUSED, class A, class B>
 HOST_DEVICE ALWAYS_INLINE double sum_of_terms(const A* query, const B* row, int64_t D) {
 #ifdef __CUDA_ARCH__
-  return tree_sum<DISTANCE, 1>(query, row, D, 0);
+  return narrow_sum_of_terms<DISTANCE>(query, row, D);
 #else
   double lane[LANES] = {};
   int64_t i = 0;

@@ -4,17 +4,17 @@
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // two blocks a multiprocessor at least: left to itself ptxas spills for more
 constexpr int WARPS = 8;  // of a block whose warps work apart
 using Block = OnDevice<THREADS>;
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) tile_kernel(TopK search, Tile tile, Candidates candidates) {
+__global__ void __launch_bounds__(THREADS, 2) tile_kernel(TopK search, Tile tile, Candidates candidates) {
   __shared__ TopKShared<THREADS> shared;
   block_tile<Block, T>({}, search, tile, candidates, tile.q0 + blockIdx.x, shared);
 }
 
-__global__ void __launch_bounds__(THREADS) finish_kernel(TopK search, Candidates candidates) {
+__global__ void __launch_bounds__(THREADS, 2) finish_kernel(TopK search, Candidates candidates) {
   __shared__ TopKShared<THREADS> shared;
   block_finish<Block>({}, search, candidates, blockIdx.x, shared);
 }
