@@ -125,6 +125,26 @@ def ratios(seconds: dict[str, list[float]], ours: str) -> dict[str, float]:
     }
 
 
+def beside(
+    runs: dict[str, Callable[[], Any]], device: torch.device, count: int, *, ours: str, floor: str, **common: Any
+) -> list[dict[str, Any]]:
+    """A row for each rival, with `common` in it: median seconds, times relative to `floor` and to `ours`, and MiB at
+    the peak beyond what is there before."""
+    seconds = rounds(runs, device, count)
+    to_ours, to_floor = ratios(seconds, ours), ratios(seconds, floor)
+    return [
+        {
+            **common,
+            "rival": name,
+            "seconds": statistics.median(seconds[name]),
+            f"to {floor}": to_floor[name],
+            "to ours": to_ours[name],
+            "MiB": peak_bytes(run, device) / 2**20,
+        }
+        for name, run in runs.items()
+    ]
+
+
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Memory that a run needs at its peak beyond what is there before it: of the device, or on a CPU of the process."""
     run()

@@ -1,7 +1,7 @@
 """Evaluation of a test set (mAP, CMC, mINP): counting beside sorting.
 
     python bench/rank.py                            Market-1501's size
-    python bench/rank.py --cases msmt17 --rounds 3  MSMT17's: its rivals take minutes and gigabytes
+    python bench/rank.py --cases msmt17 --rivals ours --rounds 3   MSMT17's; the others take minutes and gigabytes
     python bench/rank.py --json bench/results/rank-cpu.json --plot rank.png
 
 `ours` is what the engine runs for each protocol: `engine.protocols.score_trial`, from features to metrics. Rivals:
@@ -15,10 +15,9 @@ features.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,42 +132,32 @@ def argsort_cython(case: Case) -> Callable[[], float]:
 RIVALS = {OURS: ours, "matmul": matmul, "argsort, numpy": argsort_numpy, "argsort, cython": argsort_cython}
 
 
-def run(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    runs, rows = {}, []
+def run(case: Case, device: torch.device, rounds: int, rivals: Sequence[str]) -> list[dict[str, Any]]:
+    runs: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     common = {"case": case.name, "queries": len(case.queries), "gallery": len(case.gallery)}
     expected = ours(case)()
-    for name, make in RIVALS.items():
+    for name in rivals:
         try:
-            runs[name] = make(case)
+            runs[name] = RIVALS[name](case)
         except ImportError as error:
             rows.append({**common, "rival": name, "left_out": str(error).splitlines()[0]})
             continue
         found = runs[name]()
         if found is not None and abs(found - expected) > 1e-6:
             sys.exit(f"{case.name}: {name} finds an mAP of {found}, ours {expected}; no figures")
-    seconds = measure.rounds(runs, device, rounds)
-    to_ours, to_matmul = measure.ratios(seconds, OURS), measure.ratios(seconds, "matmul")
-    for name, run_once in runs.items():
-        rows.append(
-            {
-                **common,
-                "rival": name,
-                "seconds": statistics.median(seconds[name]),
-                "to matmul": to_matmul[name],
-                "to ours": to_ours[name],
-                "MiB": measure.peak_bytes(run_once, device) / 2**20,
-            }
-        )
-    return rows
+    return rows + measure.beside(runs, device, rounds, ours=OURS, floor="matmul", **common)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["market1501"])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="ours and matmul always run")
     args, device = measure.arguments(parser, "5")
+    rivals = [name for name in RIVALS if name in (OURS, "matmul", *args.rivals)]
     rows = []
     for name in args.cases:
-        rows += run(case_of(name, device), device, args.rounds or (30 if device.type == "cuda" else 5))
+        rows += run(case_of(name, device), device, args.rounds or (30 if device.type == "cuda" else 5), rivals)
     result = {"benchmark": "rank", **measure.facts(device), "rows": rows}
     measure.write(args.json, result)
     columns = ["case", "queries", "gallery", "rival", "seconds", "to matmul", "to ours", "MiB"]

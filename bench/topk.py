@@ -15,7 +15,6 @@ model's.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +132,8 @@ def agrees(found: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], case: Case
 
 def run(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     expected = kernels.topk(case.queries, case.gallery, case.k)
-    runs, rows = {}, []
+    runs: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     common = {
         "case": case.name,
         "queries": len(case.queries),
@@ -151,21 +151,7 @@ def run(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
             continue
         if found is not None and not agrees(found, expected, case):
             sys.exit(f"{case.name}, k {case.k}: {name} finds other rows than ours; no figures")
-    seconds = measure.rounds(runs, device, rounds)
-    ratios = measure.ratios(seconds, OURS)
-    floor = measure.ratios(seconds, "matmul")
-    for name, run_once in runs.items():
-        rows.append(
-            {
-                **common,
-                "rival": name,
-                "seconds": statistics.median(seconds[name]),
-                "to matmul": floor[name],
-                "to ours": ratios[name],
-                "MiB": measure.peak_bytes(run_once, device) / 2**20,
-            }
-        )
-    return rows
+    return rows + measure.beside(runs, device, rounds, ours=OURS, floor="matmul", **common)
 
 
 def main() -> int:

@@ -310,6 +310,7 @@ def score_trial(
     offsets, positives = members.positives()
     if not len(positives):
         raise InputError(_NO_POSITIVE)
+    gallery = gallery if isinstance(gallery, kernels.Gallery) else kernels.prepare_gallery(gallery)
     group_query, group_gallery = (torch.from_numpy(group).to(queries.device) for group in trial[2:4])
 
     def rows(listed: np.ndarray) -> Tensor:

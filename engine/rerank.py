@@ -46,9 +46,10 @@ def rerank(
     shared = _shared(sets[:Q].tocsr(), sets[Q:].tocsc())
 
     # Whoever shares nothing with the query has Jaccard 1, and comes behind all that are nearer: k rows suffice.
-    cosines, nearby = kernels.topk(queries, gallery, k)
+    among = kernels.prepare_gallery(gallery)
+    cosines, nearby = kernels.topk(queries, among, k)
     scores, close = _distance(cosines), nearby.cpu().numpy()
-    overlap = _distance(_pairs(queries, kernels.prepare_gallery(gallery), shared))
+    overlap = _distance(_pairs(queries, among, shared))
     distances = np.empty((Q, k), np.float32)
     rows = np.empty((Q, k), np.int64)
     for q in range(Q):

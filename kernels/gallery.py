@@ -93,28 +93,27 @@ class Codes(NamedTuple):
     slack: float
 
 
-def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precision: str | None = "auto") -> Gallery:
+def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precision: str | None = None) -> Gallery:
     """Compute once what every search of this gallery needs: norms, keys, codes of low precision.
 
     gallery        [G, D] float32, float16 or bfloat16
     keys           [G] or [G, J] int64: `topk(..., query_keys=)` leaves rows out by them
-    low_precision  "int8" or "bfloat16": keep codes as well, find candidates by products of these, faster on processors
-                   that multiply them faster, and with the same results (inner product and cosine); None: float32 only;
-                   "auto": int8 on a CPU with VNNI instructions
+    low_precision  "int8" or "bfloat16": keep codes as well and find candidates by products of these (inner product and
+                   cosine), with the same results. For processors that multiply them faster; measured on none, so never
+                   chosen unasked
 
     ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
     """
     _check.shape("gallery", gallery, (None, None), "[G, D]")
     _check.dtype("gallery", gallery, KINDS)
-    _check.one_of("low_precision", low_precision, (None, "auto", *CODES))
+    _check.one_of("low_precision", low_precision, (None, *CODES))
     if not len(gallery) < 2**31:
         raise ValueError(f"gallery: expected fewer than 2^31 rows, got {len(gallery)}; divide it into shards")
     features = gallery.detach().contiguous()
     norms = row_norms("gallery", features)
-    if low_precision == "auto":
-        low_precision = "int8" if features.device.type == "cpu" and int8_is_fast() else None
-    usable = low_precision is not None and 0 < features.shape[1] < MOST_FEATURES
-    codes = encode(features, CODES[low_precision]) if usable and low_precision is not None else None
+    codes = None
+    if low_precision is not None and 0 < features.shape[1] < MOST_FEATURES:
+        codes = encode(features, CODES[low_precision])
     return Gallery(features, norms, keys_of("keys", keys, "gallery", features), codes)
 
 
@@ -127,6 +126,26 @@ def keys_of(name: str, keys: Tensor | None, of: str, rows: Tensor) -> Tensor | N
     _check.dtype(name, keys, (torch.int64,))
     _check.same_device(name, keys, of, rows)
     return keys.contiguous()
+
+
+def keys_beside(
+    queries: Tensor, query_keys: Tensor | None, gallery: Gallery, gallery_keys: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """([Q, J], [G, J]) int64, the gallery's given or prepared with it; None where nothing is left out."""
+    if gallery_keys is not None and gallery.keys is not None:
+        raise ValueError("gallery_keys: expected None, for the prepared gallery has keys")
+    ours = keys_of("query_keys", query_keys, "queries", queries)
+    theirs = (
+        gallery.keys if gallery_keys is None else keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
+    )
+    if ours is None and theirs is None:
+        return None
+    if ours is None or theirs is None:
+        have, lack = ("query_keys", "gallery_keys") if theirs is None else ("gallery_keys", "query_keys")
+        raise ValueError(f"{lack}: expected [rows] or [rows, J] int64 beside {have}, got None")
+    if ours.shape[1] != theirs.shape[1]:
+        raise ValueError(f"query_keys: expected {theirs.shape[1]} columns, got {ours.shape[1]}")
+    return ours, theirs
 
 
 def row_norms(name: str, rows: Tensor) -> Tensor:
@@ -234,12 +253,6 @@ def _unless_wild(value: Tensor, norm: Tensor) -> Tensor:
 # The sweep.
 
 
-@functools.cache
-def int8_is_fast() -> bool:
-    """Whether this processor has VNNI: four times float32's products in an instruction."""
-    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
-
-
 def backend(tensor: Tensor) -> ModuleType | None:
     """The extension, where it serves this tensor's device; None: the Python forms."""
     module = extension()
@@ -257,32 +270,38 @@ def call(name: str, device: torch.device, *given: Any) -> None:
         getattr(module, f"{name}_cpu")(*given)
 
 
-_threads = threading.Lock()
-_waiting, _count = 0, 1
+_settings = threading.Lock()
+_sweeps, _threads, _precisions = 0, 1, ("", "")
 
 
 @contextlib.contextmanager
-def one_thread_each(device: torch.device) -> Iterator[int]:
-    """On a CPU: torch's products take one thread each meanwhile; yields how many torch had: so many may run side by
-    side. (A product for each thread beats one product for all: nobody waits, and what a thread made it reads from its
-    cache.)"""
-    global _waiting, _count
-    if device.type != "cpu":
-        yield 1
-        return
-    with _threads:
-        if not _waiting:
-            _count = torch.get_num_threads()
-            if _count > 1:
+def multiplying(device: torch.device) -> Iterator[int]:
+    """torch's settings while products are made, put back by the last of the threads that are in here.
+
+    float32 is multiplied as float32, whatever `torch.set_float32_matmul_precision` allows: the bounds rest on it. On a
+    CPU a product takes one thread; yields how many torch had, so many may run side by side. (A product for each thread
+    beats one product for all: nobody waits, and what a thread made it reads from its cache.)"""
+    global _sweeps, _threads, _precisions
+    backends: Any = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    with _settings:
+        if not _sweeps:
+            _threads = torch.get_num_threads()
+            _precisions = backends[0].fp32_precision, backends[1].fp32_precision
+            for matmul in backends:
+                matmul.fp32_precision = "ieee"
+            if _threads > 1:
                 torch.set_num_threads(1)
-        _waiting += 1
+        _sweeps += 1
     try:
-        yield _count
+        yield _threads if device.type == "cpu" else 1
     finally:
-        with _threads:
-            _waiting -= 1
-            if not _waiting and _count > 1:
-                torch.set_num_threads(_count)
+        with _settings:
+            _sweeps -= 1
+            if not _sweeps:
+                for matmul, precision in zip(backends, _precisions, strict=True):
+                    matmul.fp32_precision = precision
+                if _threads > 1:
+                    torch.set_num_threads(_threads)
 
 
 def in_parts(work: Callable[[int, int], Any], count: int, device: torch.device, *, least: int) -> None:
@@ -330,7 +349,7 @@ def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order:
     """visit(part, tile) for tiles that cover all queries and the whole gallery, in ascending order of the gallery for
     each query. Two tiles of the same queries are never visited at the same time, unless their parts differ.
 
-    threads  from `one_thread_each`
+    threads  from `multiplying`
     parts    of the gallery, swept side by side, each by all queries
     order    [G] the gallery's rows as the tiles' columns, instead of 0 .. G - 1
     """
@@ -393,11 +412,11 @@ def bounds_of(given: Operands) -> Any:
     return _module(given.queries).Bounds(*(part.data_ptr() for part in (*given.gallery_bounds, given.query_bounds)))
 
 
-def exclusion_of(queries: Tensor, query_keys: Tensor | None, gallery_keys: Tensor | None) -> Any:
+def exclusion_of(queries: Tensor, keys: tuple[Tensor, Tensor] | None) -> Any:
     """The extension's `Exclusion`; the tensors must outlive it."""
-    if query_keys is None or gallery_keys is None:
+    if keys is None:
         return _module(queries).Exclusion(0, 0, 0)
-    return _module(queries).Exclusion(query_keys.data_ptr(), gallery_keys.data_ptr(), query_keys.shape[1])
+    return _module(queries).Exclusion(keys[0].data_ptr(), keys[1].data_ptr(), keys[0].shape[1])
 
 
 def _module(tensor: Tensor) -> ModuleType:

@@ -20,8 +20,8 @@ from kernels.gallery import (
     call,
     exclusion_of,
     in_parts,
-    keys_of,
-    one_thread_each,
+    keys_beside,
+    multiplying,
     operands,
     pairs_of,
     parts_of,
@@ -161,7 +161,7 @@ def count_ahead(
     given = operands(queries, norms, gallery, metric)
     addresses = [part.data_ptr() for part in kept]
     counting = module.Counting(pairs_of(queries, norms, gallery, metric), bounds_of(given), *addresses, index_base)
-    with one_thread_each(device) as threads:
+    with multiplying(device) as threads:
         parts = parts_of(len(queries), len(gallery), threads)
         counts = torch.zeros(parts, len(order), dtype=torch.int64, device=device)
         sweep(
@@ -210,16 +210,15 @@ def best_per_group_reference(
 ) -> tuple[Tensor, Tensor]:
     """As `best_per_group`, in plain torch: every canonical score, one group after another."""
     queries, gallery = searched(queries, gallery)
-    query_keys = keys_of("query_keys", query_keys, "queries", queries)
-    gallery_keys = keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
+    keys = keys_beside(queries, query_keys, gallery, gallery_keys)
     values = torch.full((len(queries), groups), -torch.inf, device=queries.device)
     rows = torch.full((len(queries), groups), -1, dtype=torch.int64, device=queries.device)
     for q in range(len(queries)):
         scores = canonical_scores(queries[q : q + 1], gallery, metric)[0]
         for group in range(groups):
             own = gallery_group == group
-            if query_keys is not None and gallery_keys is not None:
-                own &= (query_keys[q] != gallery_keys).all(1)
+            if keys is not None:
+                own &= (keys[0][q] != keys[1]).all(1)
             place = own.nonzero()[:, 0]
             if len(place):
                 best = int(scores[place].argsort(descending=True, stable=True)[0])
@@ -254,12 +253,7 @@ def best_per_group(
     _check.same_device("gallery_group", gallery_group, "queries", queries)
     if len(gallery) and not (int(gallery_group.min()) >= 0 and int(gallery_group.max()) < groups):
         raise ValueError(f"gallery_group: expected numbers in 0..{groups - 1}")
-    query_keys = keys_of("query_keys", query_keys, "queries", queries)
-    gallery_keys = keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
-    if (query_keys is None) != (gallery_keys is None) or (
-        query_keys is not None and gallery_keys is not None and query_keys.shape[1] != gallery_keys.shape[1]
-    ):
-        raise ValueError("query_keys: expected as many columns as gallery_keys, or neither of them")
+    keys = keys_beside(queries, query_keys, gallery, gallery_keys)
     norms = row_norms("queries", queries)
     module = backend(queries)
     if module is None:
@@ -273,11 +267,11 @@ def best_per_group(
     by_group = gallery_group[order]
     given = operands(queries, norms, gallery, metric)
     given = given._replace(gallery_bounds=tuple(part[order] for part in given.gallery_bounds))
-    gallery_keys = None if gallery_keys is None else gallery_keys[order]
-    excluded = exclusion_of(queries, query_keys, gallery_keys)
+    keys = None if keys is None else (keys[0], keys[1][order])
+    excluded = exclusion_of(queries, keys)
     addresses = order.data_ptr(), by_group.data_ptr()
     grouped = module.Grouped(pairs_of(queries, norms, gallery, metric), bounds_of(given), excluded, *addresses, groups)
-    with one_thread_each(device) as threads:
+    with multiplying(device) as threads:
         sweep(
             given,
             lambda _, tile: call("group_tile", device, grouped, tile, scores.data_ptr(), rows.data_ptr()),

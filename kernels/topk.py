@@ -18,8 +18,8 @@ from kernels.gallery import (
     call,
     exclusion_of,
     in_parts,
-    keys_of,
-    one_thread_each,
+    keys_beside,
+    multiplying,
     operands,
     pairs_of,
     parts_of,
@@ -43,13 +43,13 @@ def topk_reference(
     gallery_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `topk`, in plain torch: every canonical score, then a stable sort."""
-    queries, gallery, query_keys, k = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
+    queries, gallery, keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
     values, indices = empty_result(len(queries), k, queries.device)
     for q in range(len(queries)):
         scores = canonical_scores(queries[q : q + 1], gallery, metric)[0]
         admissible = torch.ones(len(gallery), dtype=torch.bool, device=queries.device)
-        if query_keys is not None and gallery.keys is not None:
-            admissible = (query_keys[q] != gallery.keys).all(1)
+        if keys is not None:
+            admissible = (keys[0][q] != keys[1]).all(1)
         rows = admissible.nonzero()[:, 0]
         best = scores[rows].argsort(descending=True, stable=True)[:k]
         values[q, : len(best)], indices[q, : len(best)] = scores[rows][best], rows[best]
@@ -94,31 +94,31 @@ def topk(
     depends on nothing but the inputs: not on threads, blocks, shards or processor. Not differentiable.
     ValueError for other shapes, dtypes or devices, and for rows that are not finite.
     """
-    queries, gallery, query_keys, k = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
+    queries, gallery, keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
     if backend(queries) is None:
-        return topk_reference(queries, gallery, k, metric=metric, query_keys=query_keys)
+        return topk_reference(queries, gallery, k, metric=metric, query_keys=query_keys, gallery_keys=gallery_keys)
     Q, kept = len(queries), min(k, len(gallery))
     values, indices = empty_result(Q, k, queries.device)
     norms = row_norms("queries", queries)
     for start in range(0, Q if kept else 0, QUERIES):
         part = slice(start, start + QUERIES)
-        keys = None if query_keys is None else query_keys[part]
-        best = _search(queries[part], norms[part], gallery, kept, metric, keys)
+        own = None if keys is None else (keys[0][part], keys[1])
+        best = _search(queries[part], norms[part], gallery, kept, metric, own)
         values[part, :kept], indices[part, :kept] = best
     return 0 - values if metric == "l2" else values, indices
 
 
 def _search(
-    queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, query_keys: Tensor | None
+    queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, keys: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     module = backend(queries)
     assert module is not None
     device, Q = queries.device, len(queries)
     given = operands(queries, norms, gallery, metric)
-    excluded = exclusion_of(queries, query_keys, gallery.keys)
-    search = module.TopK(pairs_of(queries, norms, gallery, metric), bounds_of(given), excluded, k)
+    pairs, excluded = pairs_of(queries, norms, gallery, metric), exclusion_of(queries, keys)
+    search = module.TopK(pairs, bounds_of(given), excluded, k)
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
-    with one_thread_each(device) as threads:
+    with multiplying(device) as threads:
         parts = parts_of(Q, len(gallery), threads)
         entries = torch.empty(parts, Q, capacity, 3, dtype=torch.int32, device=device)
         counts = torch.zeros(parts, Q, dtype=torch.int32, device=device)
@@ -150,6 +150,7 @@ def _search(
 
 
 def empty_result(Q: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[Q, k] of -inf and of -1."""
     values = torch.full((Q, k), -torch.inf, device=device)
     return values, torch.full((Q, k), -1, dtype=torch.int64, device=device)
 
@@ -161,29 +162,19 @@ def _checked(
     metric: str,
     query_keys: Tensor | None,
     gallery_keys: Tensor | None,
-) -> tuple[Tensor, Gallery, Tensor | None, int]:
+) -> tuple[Tensor, Gallery, tuple[Tensor, Tensor] | None]:
+    """(queries [Q, D], gallery, keys of both), checked."""
     _check.one_of("metric", metric, METRICS)
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise ValueError(f"k: expected a whole number of at least 0, got {k!r}")
     queries, gallery = searched(queries, gallery)
-    if gallery_keys is not None:
-        if gallery.keys is not None:
-            raise ValueError("gallery_keys: expected None, for the prepared gallery has keys")
-        gallery = Gallery(gallery.features, gallery.norms, None, gallery.codes)
-        gallery.keys = keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
-    query_keys = keys_of("query_keys", query_keys, "queries", queries)
-    if (query_keys is None) != (gallery.keys is None):
-        have, lack = ("query_keys", "gallery_keys") if gallery.keys is None else ("gallery_keys", "query_keys")
-        raise ValueError(f"{lack}: expected [rows] or [rows, J] int64 beside {have}, got None")
-    if query_keys is not None and gallery.keys is not None and query_keys.shape[1] != gallery.keys.shape[1]:
-        raise ValueError(f"query_keys: expected {gallery.keys.shape[1]} columns, got {query_keys.shape[1]}")
-    return queries, gallery, query_keys, k
+    return queries, gallery, keys_beside(queries, query_keys, gallery, gallery_keys)
 
 
 def searched(queries: Tensor, gallery: Tensor | Gallery) -> tuple[Tensor, Gallery]:
     """(queries as contiguous float32, gallery prepared), checked."""
     if not isinstance(gallery, Gallery):
-        gallery = prepare_gallery(gallery, low_precision=None)
+        gallery = prepare_gallery(gallery)
     _check.shape("queries", queries, (None, gallery.shape[1]), "[Q, D]")
     _check.dtype("queries", queries, KINDS)
     _check.same_device("queries", queries, "gallery", gallery.features)

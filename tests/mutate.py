@@ -176,13 +176,15 @@ MUTANTS = [
             "for start in range(*columns, width):",
             "for start in range(columns[0], columns[1] - 1, width):",
         ),
-        ("threads are not put back", "torch.set_num_threads(_count)", "pass"),
+        ("threads are not put back", "torch.set_num_threads(_threads)", "pass"),
+        ("float32 is multiplied in fewer bits", 'matmul.fp32_precision = "ieee"', "pass"),
+        ("precision is not put back", "matmul.fp32_precision = precision", "pass"),
         ("one key counts", "(len(rows), None), f", "(len(rows), 1), f"),
     ),
     *of(
         "kernels/topk.py",
         "topk",
-        ("keys are forgotten", "exclusion_of(queries, query_keys, gallery.keys)", "exclusion_of(queries, None, None)"),
+        ("keys are forgotten", "exclusion_of(queries, keys)", "exclusion_of(queries, None)"),
         ("k of the gallery, not of the call", "min(k, len(gallery))", "len(gallery)"),
         (
             "blocks of queries begin anew",
@@ -211,7 +213,7 @@ MUTANTS = [
         ),
         ("numbers begin at 0", "*addresses, index_base)", "*addresses, 0)"),
         ("groups: bounds of other rows", "tuple(part[order] for part in given.gallery_bounds)", "given.gallery_bounds"),
-        ("groups: keys of other rows", "else gallery_keys[order]", "else gallery_keys"),
+        ("groups: keys of other rows", "(keys[0], keys[1][order])", "keys"),
         ("groups: rows as they stand", "            order=order,\n", ""),
     ),
     *of(

@@ -126,6 +126,9 @@ def test_best_of_every_group(metric, kind, codes):
         expected = expected_best(queries, gallery, gallery_group, 7, metric, *held)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert found[1][2, 4] == -1  # and group 6 has no row
+    keyed = kernels.prepare_gallery(gallery, keys=keys[1], low_precision=codes)
+    again = kernels.best_per_group(queries, keyed, gallery_group, 7, metric=metric, query_keys=keys[0])
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
     assert (found[1][:, 6] == -1).all()
 
 

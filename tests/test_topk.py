@@ -243,6 +243,29 @@ def test_threads_and_blocks_do_not_matter(Q, kind, monkeypatch):
     assert same([part[:3] for part in results[0]], sorted_out(queries[:3], gallery, 40, "cosine"))
 
 
+def test_torchs_precision_is_set_and_put_back(monkeypatch):
+    """TF32 and bfloat16 would break the bounds of float32."""
+    queries, gallery = features(8, 300, 20)
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    seen, multiply = [], module.multiply
+
+    def spy(*given):
+        seen.append([backend.fp32_precision for backend in backends])
+        multiply(*given)
+
+    monkeypatch.setattr(module, "multiply", spy)
+    torch.set_float32_matmul_precision("medium")
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        kernels.topk(queries, gallery, 3)
+        assert [backend.fp32_precision for backend in backends] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen
+    assert all(both == ["ieee", "ieee"] for both in seen)
+    assert before != ["ieee", "ieee"]
+
+
 def test_more_queries_than_are_held_at_a_time(monkeypatch):
     from kernels.topk import topk
 
