@@ -224,11 +224,8 @@ MUTANTS = [
             "return sum(_sizes(len(gallery), device, group)[: dist.get_rank(group)])",
             "return 0",
         ),
-        ("this rank's numbers in counting", "index_base=base,", "index_base=0,"),
         ("counts of this rank's part alone", "dist.all_reduce(ahead, group=group)", "pass"),
-        ("scores of this rank's part alone", "dist.all_reduce(scores, group=group)", "pass"),
         ("other ranks' answers", "start = sum(sizes[: dist.get_rank(group)])", "start = 0"),
-        ("missing ones come first", "(rows < 0).to(torch.int8)", "(rows >= 0).to(torch.int8)"),
         ("l2: the farthest", 'descending=metric != "l2"', "descending=True"),
     ),
     *of(

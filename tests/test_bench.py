@@ -187,6 +187,7 @@ def test_search_benchmark_notices_other_rows():
     assert not topk_benchmark.agrees((found[0] + 0.01, found[1]), ours, case)
 
 
+@pytest.mark.slow
 def test_ranking_benchmark_and_its_rivals_agree(monkeypatch):
     monkeypatch.setitem(rank_benchmark.CASES, "small", (60, 700, 16, 20))
     case = rank_benchmark.case_of("small", torch.device("cpu"))

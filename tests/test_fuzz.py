@@ -249,7 +249,7 @@ def test_damaged_copies(data, folder):
 
 
 @pytest.mark.slow
-@settings(ANY, max_examples=30_000)
+@settings(ANY, max_examples=20_000)
 @given(data=st.data())
 def test_damaged_copies_at_length(data, folder):
     try_case(data.draw, folder)
