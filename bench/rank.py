@@ -25,14 +25,13 @@ if not __package__:  # run as a script: the checkout's root is where imports sta
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure
 from engine.data.datasets._base import DataSet
-from engine.data.index import SCHEMA, Index
+from engine.data.index import Index, make_table
 from engine.data.record import SPLITS
 from engine.protocols import PROTOCOLS, Trial, score_trial
 
@@ -58,14 +57,9 @@ def case_of(name: str, device: torch.device) -> Case:
         "pid": pid,
         "camera": camera,
         "split": [SPLITS.index("query")] * Q + [SPLITS.index("gallery")] * G,
-        "clothes": [-1] * (Q + G),
-        "modality": [0] * (Q + G),
-        "captions": [[]] * (Q + G),
-        "clothes_picture": [""] * (Q + G),
     }
-    table = pa.table([pa.array(columns[field.name], type=field.type) for field in SCHEMA], schema=SCHEMA)
     dataset = DataSet(name, name, (), (), parse=lambda root: iter(()), trains=(), protocols={}, images={})
-    index = Index(dataset, Path(name), table)
+    index = Index(dataset, Path(name), make_table(columns))
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(people, D, generator=draw)
     features = [

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "augment.h"
 #include "cuda.h"
 #include "emulated.h"
 #include "rank.h"
@@ -99,6 +100,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("count_tile_cpu", &count_tile<count_tile_cpu>, unlocked);
   m.def("group_tile_cpu", [](const Grouped& grouped, const Tile& tile, address scores, address rows) {
     group_tile_cpu(grouped, tile, at<float>(scores), at<int64_t>(rows));
+  }, unlocked);
+
+  m.def("augment_cpu", [](address pixels, int64_t height, int64_t width, address how, address out, int64_t out_height,
+                          int64_t out_width, address scale, address bias) {
+    augment_cpu({at<const uint8_t>(pixels), height, width}, *at<const Augmentation>(how),
+                {at<float>(out), out_height, out_width, at<const float>(scale), at<const float>(bias)});
   }, unlocked);
 
   m.def("topk_tile_emulated", &topk_tile_emulated, unlocked);

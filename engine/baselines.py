@@ -7,17 +7,16 @@ the mAP, and a baseline is worth what it costs to beat.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.data.files import Damaged, Item, picture
 from engine.data.index import WHOLE, Box, Index
 from engine.errors import InputError
 
 
-def histogram(path: Path, box: Box = WHOLE, *, clothes: bool = False) -> NDArray[np.float32]:
+def histogram(item: Item, box: Box = WHOLE, *, clothes: bool = False) -> NDArray[np.float32]:
     """[D] unit vector whose dot product with another is the mean Bhattacharyya coefficient of their stripes.
 
     A person's picture: 12 stripes of 4 x 4 x 4 RGB bins after scaling each channel to one mean, which takes out the
@@ -25,7 +24,7 @@ def histogram(path: Path, box: Box = WHOLE, *, clothes: bool = False) -> NDArray
     InputError names a file that cannot be decoded.
     """
     bins, stripes = (8, 6) if clothes else (4, 12)
-    image = _read(path, box, (64, 32))
+    image = _read(item, box, (64, 32))
     if not clothes:
         image = np.clip(image * (100 / (image.mean((0, 1)) + 1)), 0, 255)
     high, wide, _ = image.shape
@@ -41,10 +40,10 @@ def histogram(path: Path, box: Box = WHOLE, *, clothes: bool = False) -> NDArray
     return np.sqrt(counts / counts.sum()).astype(np.float32)
 
 
-def pixels(path: Path) -> NDArray[np.float32]:
+def pixels(item: Item) -> NDArray[np.float32]:
     """[1536] unit vector: the picture at 32 x 16, each channel of mean 0 and deviation 1, weighted towards the middle.
     InputError names a file that cannot be decoded."""
-    image = _read(path, WHOLE, (32, 16))
+    image = _read(item, WHOLE, (32, 16))
     image = (image - image.mean((0, 1))) / (image.std((0, 1)) + 1) * np.sqrt(_middle(16, 0.2))[:, None]
     return (image / max(np.linalg.norm(image), 1e-6)).ravel().astype(np.float32)
 
@@ -69,16 +68,15 @@ def exchange(index: Index, queries: NDArray[np.int64], seed: int) -> NDArray[np.
     return queries[order]
 
 
-def _read(path: Path, box: Box, size: tuple[int, int]) -> NDArray[np.float64]:
+def _read(item: Item, box: Box, size: tuple[int, int]) -> NDArray[np.float64]:
     """[H, W, 3] RGB 0..255 of the box (fractions of the picture), resized to (height, width)."""
     try:
-        with Image.open(path) as file:
-            wide, high = file.size
-            corners = (box[0] * wide, box[1] * high, box[2] * wide, box[3] * high)
-            image = file.convert("RGB").resize(size[::-1], Image.Resampling.BOX, box=corners)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
-        raise InputError(f"{path}: test image cannot be decoded; replace the file") from error
-    return np.asarray(image).astype(np.float64)
+        image = picture(item)
+    except Damaged as reason:
+        raise InputError(f"{item.path}: test image {reason}; replace the file") from None
+    wide, high = image.size
+    corners = (box[0] * wide, box[1] * high, box[2] * wide, box[3] * high)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BOX, box=corners)).astype(np.float64)
 
 
 def _middle(wide: int, deviation: float) -> NDArray[np.float64]:

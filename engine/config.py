@@ -171,6 +171,7 @@ class TrainConfig:
     baselines: bool = False  # measure what needs no learning beside the model (--check)
     resume: bool = False
     feature: str = "cls"
+    allow_missing: bool = False  # measure without the test images that are damaged
     released: bool = False  # measure as the released code's evaluator does (engine.protocols.INSTRUCT)
     device: str = "auto"
     workers: int = 2

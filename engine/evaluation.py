@@ -26,6 +26,8 @@ from torch import Tensor
 import kernels
 from engine import baselines, checkpoint
 from engine.config import TrainConfig
+from engine.data.checking import without_damaged_tests
+from engine.data.files import Item
 from engine.data.index import Box, Index, find_indexes
 from engine.data.pipeline import DecodeError, PicturePipeline, Pictures, plain
 from engine.errors import InputError
@@ -51,6 +53,7 @@ from engine.tasks import TASKS, Task
 if TYPE_CHECKING:
     from engine.report import Report
 
+MEND = "replace the file, or measure without it: --allow-missing"
 BATCH = 32  # images, or sentences, of a block
 PAIRS = 256  # (picture, sentence) pairs per forward of the matching head
 RESCORED = 128  # text-to-image: how many of the best by cosine the matching head orders anew (the paper's App. D.2)
@@ -91,6 +94,7 @@ def evaluate(
     with_baselines: bool = False,
     feature: str | None = None,
     released: bool = False,
+    allow_missing: bool = False,
     device: torch.device | str = "cpu",
     runtime: Runtime | None = None,
     arrays: dict[str, np.ndarray] | None = None,
@@ -100,6 +104,7 @@ def evaluate(
 
     with_baselines  measure what `evaluate_model` calls baselines as well
     released        cut rankings as the released Instruct-ReID evaluator does; protocols are called NAME:instruct
+    allow_missing   leave damaged test images out; `missing` of the result says how many, per data set
     runtime         ranks that share the work (None on all but rank 0 comes back); None: this process alone, on `device`
     """
     runtime = runtime or Runtime(torch.device(device))
@@ -111,6 +116,7 @@ def evaluate(
         tasks=tasks,
         data=str(data),
         released=released,
+        allow_missing=allow_missing,
     )
     indexes = find_indexes(Path(data), datasets)
     torch.manual_seed(config.seed)
@@ -147,6 +153,7 @@ def evaluate_model(
     `shuffled_picture_mAP`; null where a protocol has no such thing (text has no colours to compare).
     arrays: gets what features.npz holds. InputError, on all ranks alike, names a damaged test image.
     """
+    indexes, missing = usable(indexes, config) if config.allow_missing else (indexes, {})
     tested, left_out = measurable(indexes, config)
     if not tested:
         raise InputError(f"--data {config.data}: nothing to evaluate for tasks {', '.join(config.tasks)}")
@@ -174,7 +181,7 @@ def evaluate_model(
     progress.close()
     means = [float(np.mean([row["mAP"] for row in rows.values()])) for rows in result.values()]
     metrics = {"tasks": result, "mean_mAP": float(np.mean(means)), "config": json.loads(json.dumps(asdict(config)))}
-    return metrics | ({"left_out": left_out} if left_out else {})
+    return metrics | ({"left_out": left_out} if left_out else {}) | ({"missing": missing} if missing else {})
 
 
 def write_features(arrays: dict[str, np.ndarray], file: Path) -> None:
@@ -183,12 +190,30 @@ def write_features(arrays: dict[str, np.ndarray], file: Path) -> None:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
+def usable(indexes: list[Index], config: TrainConfig) -> tuple[list[Index], dict[str, int]]:
+    """The data sets without their damaged test images, and how many images each lacks for that."""
+    result: list[Index] = []
+    missing: dict[str, int] = {}
+    for index in indexes:
+        if any(index.dataset.protocols.get(task) for task in config.tasks):
+            index, count = without_damaged_tests(index, threads=config.workers)
+            missing |= {index.name: count} if count else {}
+        result.append(index)
+    return result, missing
+
+
 def measurable(indexes: list[Index], config: TrainConfig) -> tuple[list[Tested], dict[str, str]]:
     """What these data sets can test of config.tasks, and protocol -> why this copy cannot serve it: no query or gallery
-    image or no positive. InputError where that leaves no protocol at all; no test part: ([], {})."""
+    image or no positive. InputError where that leaves no protocol at all, and for a test image that its index calls
+    damaged; no test part: ([], {})."""
     tested, left_out = [], {}
     for task in (TASKS[name] for name in TASKS if name in config.tasks):
         for index in indexes:
+            damage = {} if config.allow_missing else index.test_damage()
+            if damage and index.dataset.protocols.get(task.name):
+                path, why = next(iter(damage.items()))
+                more = f" (one of {len(damage):,})" if len(damage) > 1 else ""
+                raise InputError(f"{path}: test image {why}{more}; {MEND}")
             protocols = [PROTOCOLS[name] for name in index.dataset.protocols.get(task.name, ())]
             if not _has_test(task, index, protocols):
                 continue
@@ -382,7 +407,7 @@ class Evaluation:
         index, rows = self.index, self.rows
 
         def colours(row: int) -> NDArray[np.float32]:
-            person = baselines.histogram(index.path(row))
+            person = baselines.histogram(index.item(row))
             if self.task.instruction != "clothes":
                 return person
             clothes = baselines.histogram(*index.clothes_picture(row), clothes=True)
@@ -403,7 +428,7 @@ class Evaluation:
                 exchanged["picture"] = TestFeatures(queries, self._image_features(others, queries))
         return Baselines(
             of_rows(colours),
-            of_rows(lambda row: baselines.pixels(index.path(row))),
+            of_rows(lambda row: baselines.pixels(index.item(row))),
             exchanged,
         )
 
@@ -435,12 +460,12 @@ class Evaluation:
                 sentences = [self._instruction([sentence]) for sentence in SENTENCES[self.task.name][:count]]
 
         def decode(blocks: list[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
-            images = self._pictures([[index.path(row) for row in pictures[block]] for block in blocks])
+            images = self._pictures([[index.item(row) for row in pictures[block]] for block in blocks])
             if kind != "clothes":
                 return ((image, None) for image in images)
             parts = [[index.clothes_picture(row) for row in instructions[block]] for block in blocks]
             boxes = [[box for _, box in part] for part in parts]
-            return zip(images, self._pictures([[path for path, _ in part] for part in parts], boxes), strict=True)
+            return zip(images, self._pictures([[item for item, _ in part] for part in parts], boxes), strict=True)
 
         def extract(block: slice, decoded: tuple[Tensor, Tensor | None]) -> Tensor:
             images, clothes = decoded
@@ -498,14 +523,14 @@ class Evaluation:
             result[:, block] = parts[number // world] if rank == 0 else self.runtime.receive(shape, rank)
         return result
 
-    def _pictures(self, paths: list[list[Path]], boxes: list[list[Box]] | None = None) -> Iterator[Tensor]:
+    def _pictures(self, items: list[list[Item]], boxes: list[list[Box]] | None = None) -> Iterator[Tensor]:
         """Batches of decoded pictures, in order: whole images, or with boxes pictures of clothes."""
-        if not paths:
+        if not items:
             return
 
         def source(number: int) -> Pictures:
-            number = min(number, len(paths) - 1)  # reading ahead past the end repeats the last batch
-            return plain(paths[number], None if boxes is None else boxes[number])
+            number = min(number, len(items) - 1)  # reading ahead past the end repeats the last batch
+            return plain(items[number], None if boxes is None else boxes[number])
 
         pipeline = PicturePipeline(
             source,
@@ -515,11 +540,12 @@ class Evaluation:
             device=self.runtime.device,
             threads=self.config.workers,
         )
-        for _ in paths:
+        for _ in items:
             try:
                 yield pipeline.next()
             except DecodeError as error:
-                raise InputError(f"{error.paths[0]}: test image cannot be decoded; replace the file") from error
+                path, why = next(iter(error.reasons.items()))
+                raise InputError(f"{path}: test image {why}; {MEND}") from error
 
 
 class _Threads:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,16 @@ class Log:
                 self.progress.close()
 
 
-def quarantine(file: Path, path: Path, reason: str, step: int) -> None:
-    """Note a damaged file in quarantine.jsonl once: any rank, now or before --resume, may have met it already."""
+def quarantine(file: Path, reasons: Mapping[Path, str], step: int) -> None:
+    """Note damaged files (path -> why) in quarantine.jsonl, once each: any rank, now or before --resume, may have met
+    them already. step: when they were met, from 1; 0: known from the index."""
     with writing(file), file.open("a+") as rows:
         fcntl.flock(rows, fcntl.LOCK_EX)
         rows.seek(0)
-        if all(row.get("path") != str(path) for row in map(_parsed, rows)):
-            rows.write(json.dumps({"path": str(path), "reason": reason, "step": step}) + "\n")
+        known = {row.get("path") for row in map(_parsed, rows)}
+        for path, reason in reasons.items():
+            if str(path) not in known:
+                rows.write(json.dumps({"path": str(path), "reason": reason, "step": step}) + "\n")
 
 
 def _forget_after(file: Path, step: int) -> None:

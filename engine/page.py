@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from engine.data import files
 from engine.data.index import WHOLE, Box
 from engine.tasks import TASKS
 
@@ -115,8 +116,8 @@ def _rankings(metrics: dict[str, Any], examples: Mapping[tuple[str, str], list[E
 
 def _example(example: Example) -> Markup:
     asked = []
-    if example.path:
-        picture = _thumbnail(example.path)
+    if example.picture:
+        picture = _thumbnail(example.picture)
         asked.append(_img(picture, f"Query. {example.facts}", "query"))
         if example.attention is not None:
             seen = overlay(picture, example.attention)
@@ -131,7 +132,7 @@ def _example(example: Example) -> Markup:
     results = []
     for rank, result in enumerate(example.results, 1):
         kind, sign, what = ("match", "✓", "match") if result.relevant else ("other", "✗", "no match")
-        shown = _img(_thumbnail(result.path), f"Rank {rank}, {what}. {result.facts}")
+        shown = _img(_thumbnail(result.picture), f"Rank {rank}, {what}. {result.facts}")
         badge = tag("span", f"{sign} {result.score:.3f}", class_=f"badge {kind}")
         results.append(tag("li", shown, badge, class_=kind))
     ranking = tag("ol", *results, class_="strip", tabindex=0, aria_label="Ranked gallery, best first")
@@ -140,11 +141,11 @@ def _example(example: Example) -> Markup:
 
 
 @lru_cache(maxsize=512)
-def _thumbnail(path: Path, box: Box = WHOLE) -> Image.Image:
+def _thumbnail(item: files.Item, box: Box = WHOLE) -> Image.Image:
     """The boxed part of a picture, small."""
-    with Image.open(path) as image:
-        sides = np.array([*image.size, *image.size])
-        part = image.convert("RGB").crop(tuple(np.rint(sides * box).astype(int).tolist()))
+    image = files.picture(item)
+    sides = np.array([*image.size, *image.size])
+    part = image.crop(tuple(np.rint(sides * box).astype(int).tolist()))
     part.thumbnail((2 * HEIGHT, HEIGHT))
     return part
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import page
+from engine.data.files import Item
 from engine.data.index import Box
 from engine.data.pipeline import PicturePipeline, plain
 from engine.instructions import SENTENCES
@@ -33,7 +34,7 @@ class Result(NamedTuple):
     """One gallery image of a ranking. facts: its file, identity, camera; relevant: a match, as the protocol defines it;
     score: cosine, or probability of the matching head."""
 
-    path: Path
+    picture: Item
     facts: str
     relevant: bool
     score: float
@@ -42,17 +43,17 @@ class Result(NamedTuple):
 class Example(NamedTuple):
     """One query and the head of its ranking, junk left out.
 
-    path       the query picture; None where the sentence is the query
+    picture    the query picture; None where the sentence is the query
     sentence   its instruction; "" where clothes instruct
     clothes    picture of the wanted clothes and the box of it to show, or None
     ranks      ranks (from 1) of all its matches in the whole gallery, ascending
     attention  [h, w] float32 of sum 1, where E_e's CLS looks; or None
     """
 
-    path: Path | None
+    picture: Item | None
     facts: str
     sentence: str
-    clothes: tuple[Path, Box] | None
+    clothes: tuple[Item, Box] | None
     results: list[Result]
     ranks: list[int]
     attention: np.ndarray | None = None
@@ -110,13 +111,13 @@ class Report:
                 order[:RESCORED] = head[np.argsort(-scores[i, head], kind="stable")]
             relevant = np.isin(order, matches[i])
             results = [
-                Result(run.index.path(row), _facts(run, row), bool(hit), float(scores[i, position]))
+                Result(run.index.item(row), _facts(run, row), bool(hit), float(scores[i, position]))
                 for position, hit in zip(order[: self.top], relevant, strict=False)
                 for row in [trial.gallery[position]]
             ]
             examples.append(
                 Example(
-                    None if words else run.index.path(rows[i]),
+                    None if words else run.index.item(rows[i]),
                     _facts(run, rows[i]),
                     sentences[i],
                     run.index.clothes_picture(rows[i]) if run.task.instruction == "clothes" else None,
@@ -130,10 +131,10 @@ class Report:
     def _attention_maps(self, run: Evaluation, rows: np.ndarray, sentences: list[str]) -> Iterable[np.ndarray | None]:
         if not self.attention or run.task.instruction == "query":
             return [None] * len(rows)
-        images = _pictures(run, [run.index.path(row) for row in rows], run.config.model.image_size)
+        images = _pictures(run, [run.index.item(row) for row in rows], run.config.model.image_size)
         if run.task.instruction == "clothes":
-            paths, boxes = zip(*map(run.index.clothes_picture, rows), strict=True)
-            clothes = _pictures(run, paths, run.config.model.clothes_size, boxes)
+            items, boxes = zip(*map(run.index.clothes_picture, rows), strict=True)
+            clothes = _pictures(run, items, run.config.model.clothes_size, boxes)
             instruction = run.model.instruction_of_clothes(clothes)
         else:
             instruction = _instruction(run, sentences)
@@ -159,7 +160,7 @@ def _sentences(run: Evaluation, trial: Trial, asked: np.ndarray) -> list[str]:
 def _match_scores(run: Evaluation, rows: np.ndarray, words: Instruction, i: int) -> np.ndarray:
     """[len(rows)] probabilities that an image matches sentence i."""
     assert words.lengths is not None
-    images = _pictures(run, [run.index.path(row) for row in rows], run.config.model.image_size)
+    images = _pictures(run, [run.index.item(row) for row in rows], run.config.model.image_size)
     one = Instruction(words.tokens[i : i + 1, : words.lengths[i]], words.lengths[i : i + 1], words.cls[i : i + 1])
     scores = run.model.match_scores(run.model.features(images, None).tokens, one, run.stream)
     return scores.float().softmax(-1)[:, 1].cpu().numpy()
@@ -171,9 +172,9 @@ def _instruction(run: Evaluation, sentences: list[str]) -> Instruction:
 
 
 def _pictures(
-    run: Evaluation, paths: Sequence[Path], size: tuple[int, int], boxes: Sequence[Box] | None = None
+    run: Evaluation, items: Sequence[Item], size: tuple[int, int], boxes: Sequence[Box] | None = None
 ) -> Tensor:
-    pictures, batch = plain(paths, boxes), len(paths)
+    pictures, batch = plain(items, boxes), len(items)
     return PicturePipeline(lambda _: pictures, size=size, batch=batch, augment=False, device=_device(run)).next()
 
 

@@ -49,6 +49,8 @@ def format_table(metrics: dict[str, Any], *, paper: bool = False) -> str:
                 known = PAPER.get((task, name))
                 line += f"  {100 * known[0]:.1f}" if known else "  protocol not stated"
             lines.append(line)
+    for name, count in metrics.get("missing", {}).items():
+        lines.append(f"{name}: measured without {count:,} damaged test images")
     lines.append(f"mean mAP over tasks {100 * metrics['mean_mAP']:.2f} %")
     return "\n".join(lines)
 

@@ -44,8 +44,12 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     output = Path(config.output)
     _claim(output, config, runtime)
     say = print if runtime.main else _silent
+    indexes: list[Index] = []
+    for mine in (runtime.main, not runtime.main):  # rank 0 parses what is not indexed, the others map it
+        with runtime.together():
+            if mine:
+                indexes = find_indexes(Path(config.data), config.datasets, keep=output / "index", say=say)
     with runtime.together():
-        indexes = find_indexes(Path(config.data), config.datasets)
         streams = make_streams(indexes, config.tasks)
         sampler = Sampler(
             streams,
@@ -85,7 +89,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     with runtime.together(), writing(output):
         if runtime.main:
             (output / "config.json").write_text(config.to_json())
-    _steps(config, runtime, ds_engine, model, sampler, tokenizer, window, state, output)
+    _steps(config, runtime, ds_engine, model, sampler, tokenizer, indexes, window, state, output)
     if not tested:
         return None
     model = checkpoint.load_model(folder)[0].to(runtime.device)
@@ -127,6 +131,7 @@ def _steps(
     model: IRM,
     sampler: Sampler,
     tokenizer: Tokenizer,
+    indexes: list[Index],
     window: int,
     state: checkpoint.State,
     output: Path,
@@ -134,12 +139,23 @@ def _steps(
     """The loop: `config.steps` optimiser steps, logged, saved, stoppable."""
 
     def damaged(path: Path, reason: str, micro_step: int) -> None:
-        quarantine(output / "quarantine.jsonl", path, reason, micro_step // window + 1)
+        quarantine(output / "quarantine.jsonl", {path: reason}, micro_step // window + 1)
 
     with runtime.together():
         log = Log(output, config, runtime, state.step)
+    known = {path: why for index in indexes for path, why in index.reasons("train", "picture").items()}
+    with runtime.together(), writing(output):
+        if runtime.main:
+            quarantine(output / "quarantine.jsonl", known, 0)
     loader = TrainLoader(
-        sampler, config, tokenizer, runtime.device, rank=runtime.rank, start=state.step * window, quarantine=damaged
+        sampler,
+        config,
+        tokenizer,
+        runtime.device,
+        rank=runtime.rank,
+        start=state.step * window,
+        damaged=known,
+        quarantine=damaged,
     )
     termination = Termination()
     step, skipped, in_a_row = state.step, state.skipped, 0

@@ -2,12 +2,16 @@
 
 python recipes/data.py mini --output DIR        ten small drawn data sets, each in its authors' layout
 python recipes/data.py describe --data DIR      counts, tasks and protocols of every data set found, as a table
-python recipes/data.py index --data DIR         parse every data set once; later runs open the result at once
+python recipes/data.py index --data DIR         parse every data set and look into every image, once; later runs open
+                                                the result at once. Killed or called again, it goes on where it was
+python recipes/data.py pack --data DIR --output DIR
+                                                copy indexed data sets into tar files of 1 GB that are read in place
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,18 +47,16 @@ def describe(args: argparse.Namespace) -> None:
 
 
 def index(args: argparse.Namespace) -> None:
-    from engine.data.index import build_index, find_roots, stored_index
+    from engine.data.checking import index_folder
 
-    for dataset, root in find_roots(args.data):
-        started = time.perf_counter()
-        file = stored_index(args.data, dataset)
-        built = build_index(dataset, root)
-        try:
-            built.save(file)
-        except OSError as error:
-            why = f"cannot be written ({error.strerror or error}); free space, or get the right to write there"
-            raise InputError(f"{file}: {why}") from error
-        print(f"{dataset.name}: {len(built):,} rows in {time.perf_counter() - started:.1f} s -> {file}", flush=True)
+    index_folder(args.data, threads=args.workers, say=print)
+
+
+def pack(args: argparse.Namespace) -> None:
+    from engine.data.packing import pack_folder
+
+    names = args.dataset.split(",") if args.dataset else None
+    pack_folder(args.data, args.output, names, shard_bytes=args.shard_mb << 20, say=print)
 
 
 class _Progress:
@@ -90,14 +92,21 @@ def parser() -> options.Parser:
 
     for command, text in (
         (describe, "count what a folder holds"),
-        (index, "parse every data set once, for fast starts"),
+        (index, "parse every data set and look into every image, once"),
+        (pack, "copy indexed data sets into large files"),
     ):
         sub = commands.add_parser(command.__name__, help=text, allow_abbrev=False)
         sub.set_defaults(command=command)
         written = "; the index is written to DIR/.index" if command is index else ""
-        sub.add_argument(
-            "--data", type=Path, required=True, metavar="DIR", help=f"folder with the data sets (no default){written}"
-        )
+        add = sub.add_argument
+        add("--data", type=Path, required=True, metavar="DIR", help=f"folder with the data sets (no default){written}")
+        if command is index:
+            cores = os.cpu_count() or 1
+            add("--workers", type=int, default=cores, metavar="N", help=f"threads that decode (default: {cores})")
+        if command is pack:
+            add("--output", type=Path, required=True, metavar="DIR", help="folder for the packed data (no default)")
+            add("--dataset", metavar="NAME", help="pack these data sets only, separated by commas (default: all)")
+            add("--shard-mb", type=int, default=1024, metavar="N", help="size of a tar file in MiB (default: 1024)")
     return top
 
 

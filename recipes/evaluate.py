@@ -38,6 +38,11 @@ def main() -> int:
         help="measure as the evaluator of the released Instruct-ReID code: a ranking ends at 500, before junk is "
         "removed, and AP is divided by what was found (higher figures, named PROTOCOL:instruct)",
     )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="leave damaged test images out and say how many (default: they are an error that names one)",
+    )
     add("--save-features", action="store_true", help="write the test features to features.npz")
     add("--attention", action="store_true", help="show in retrieval.html where the model looks in each query picture")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
@@ -67,6 +72,7 @@ def main() -> int:
         with_baselines=args.baselines,
         feature=args.feature,
         released=args.released,
+        allow_missing=args.allow_missing,
         runtime=start(args.device) if launched else Runtime(pick_device(args.device)),
         arrays=arrays if args.save_features else None,
         report=report,

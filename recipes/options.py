@@ -147,6 +147,11 @@ def training_parser(description: str) -> Parser:
         help="exit 1 unless every stream's loss fell, every task beats chance, the untrained network, colours and "
         "pixels by a margin, and exchanged instructions cost what they must (a line for each)",
     )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="evaluate without damaged test images and say how many (default: they are an error that names one)",
+    )
     add("--no-eval", action="store_true", help="train only")
     add("--save-features", action="store_true", help="write the test features to features.npz")
     add("--log-samples", action="store_true", help="write every rank's identities and images to samples.rankN.jsonl")
@@ -167,7 +172,8 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     if args.warmup is None:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
-    for key in ("seed", "resume", "quick", "save_features", "log_samples", "global_losses", "plain_triplet"):
+    flags = ("resume", "quick", "save_features", "log_samples", "global_losses", "plain_triplet", "allow_missing")
+    for key in ("seed", *flags):
         values[key] = getattr(args, key)
     values["baselines"] = args.check
     if args.deepspeed_config:

@@ -253,7 +253,7 @@ def test_what_one_rank_meets_ends_the_others(mini, tmp_path):
         if image.name.split("_")[0] == images[0].name.split("_")[0]:
             image.write_bytes(b"no image")
     said = one_line(launch(*training(tmp_path / "data", tmp_path / "run", 20), ranks=2))
-    assert "cannot be decoded, nor can other images of that identity" in said
+    assert "damaged, and so are other images of that identity" in said
     noted = [row["path"] for row in lines(tmp_path / "run" / "quarantine.jsonl")]
     assert len(noted) == len(set(noted)) > 0
 
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_noted_once(tmp_path):
     file.write_text('{"path": "cut by a k')
     file.write_text("")
     for path, step in (("a.jpg", 1), ("b.jpg", 2), ("a.jpg", 3)):
-        quarantine(file, Path(path), "cannot be decoded", step)
+        quarantine(file, {Path(path): "cannot be decoded"}, step)
     assert [(row["path"], row["step"]) for row in lines(file)] == [("a.jpg", 1), ("b.jpg", 2)]
 
 
@@ -276,7 +276,7 @@ def test_a_substitute_brings_its_own_instruction(mini, tmp_path, task):
     whole = sampler.sample(0)
     index = whole.stream.index
     wanted = int(whole.instruction_rows[0])  # for ctcc and li the record whose clothes the first image asks for
-    damaged = index.clothes_picture(wanted)[0] if task == "ctcc" else index.path(wanted)
+    damaged = index.clothes_picture(wanted)[0].path if task == "ctcc" else index.path(wanted)
     damaged.write_bytes(b"no image")
     config = TrainConfig(data=str(tmp_path), model=SMALL, workers=1)
     tokenizer = build_tokenizer(iter(["a person"]))
@@ -297,7 +297,7 @@ def test_a_substitute_brings_its_own_instruction(mini, tmp_path, task):
         row
         for row in {*whole.rows, *whole.instruction_rows}
         if index.path(row) == damaged
-        or (task == "ctcc" and row in whole.instruction_rows and index.clothes_picture(row)[0] == damaged)
+        or (task == "ctcc" and row in whole.instruction_rows and index.clothes_picture(row)[0].path == damaged)
     ]
     hit = np.isin(whole.rows, bad)
     assert hit.any()

@@ -16,6 +16,7 @@ from test_datasets import DATALISTS, TREES, images, write
 from engine.data import index as module
 from engine.data.datasets import DATASETS
 from engine.data.describe import describe, format_table
+from engine.data.files import Item
 from engine.data.index import (
     UPPER_BODY,
     WHOLE,
@@ -48,7 +49,9 @@ def same(a: Index, b: Index) -> bool:
 def test_columns(name, tmp_path):
     expected = TREES[name][1]
     index = build_index(BY_NAME[name], write(tmp_path, TREES[name][0]))
-    assert len(index) == len(expected)
+    pictures = {record.clothes_picture for record in expected} - {"", *(record.path for record in expected)}
+    assert len(index) == len(expected) + len(pictures)
+    assert {index.path(row).relative_to(tmp_path).as_posix() for row in range(len(expected), len(index))} == pictures
     outfits = sorted({record.clothes for record in expected} - {""})
     for row, record in enumerate(expected):
         assert index.path(row) == tmp_path / record.path
@@ -57,9 +60,10 @@ def test_columns(name, tmp_path):
         assert module.MODALITIES[index.modality[row]] == record.modality
         assert index.captions(row) == list(record.captions)
         assert index.clothes[row] == (outfits.index(record.clothes) if record.clothes else -1)
-        path, box = index.clothes_picture(row)
+        assert index.item(row) == Item(index.path(row))
+        item, box = index.clothes_picture(row)
         assert box == (WHOLE if record.clothes_picture else UPPER_BODY)
-        assert path == tmp_path / (record.clothes_picture or record.path)
+        assert item == Item(tmp_path / (record.clothes_picture or record.path))
 
 
 def test_column_types_and_batches(tmp_path, monkeypatch):
@@ -206,9 +210,9 @@ def test_datalists_are_found_and_indexed(name, tmp_path):
     dataset = BY_NAME[name.split("/")[0]]
     write(tmp_path / dataset.folders[-1] / "deeper", tree)
     [index] = find_indexes(tmp_path)
-    assert [index.path(row).relative_to(index.root).as_posix() for row in range(len(index))] == [
-        r.path for r in expected
-    ]
+    paths = [index.path(row).relative_to(index.root).as_posix() for row in range(len(index))]
+    assert paths[: len(expected)] == [record.path for record in expected]
+    assert set(paths[len(expected) :]) <= {record.clothes_picture for record in expected}
     index.save(stored_index(tmp_path, dataset))
     assert find_indexes(tmp_path)[0].table.schema.metadata
     assert {row["split"] for row in describe(tmp_path)} == {record.split for record in expected}
@@ -333,11 +337,13 @@ def test_describe(tmp_path):
 def test_recipe_index_and_describe(tmp_path, capsys):
     data = data_folder(tmp_path, "market1501", "cuhk_pedes")
     assert recipe.main(["index", "--data", str(data)]) == 0
-    assert "market1501: 5 rows in " in capsys.readouterr().out
-    assert sorted(os.listdir(data / ".index")) == ["cuhk_pedes.arrow", "market1501.arrow"]
+    said = capsys.readouterr().out
+    assert "market1501: 5 images, 5 damaged, " in said  # their content is none
+    assert f"{data}/Market-1501-v15.09.15/bounding_box_test/" in said
+    assert sorted(os.listdir(data / ".index")) == ["cuhk_pedes.arrow", "market1501.arrow", "quarantine.jsonl"]
     assert recipe.main(["describe", "--data", str(data)]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["market1501", "gallery", "2", "15,913*", "2", "2", "-", "-"] in table
+    assert ["market1501", "gallery", "2", "15,913*", "2", "2", "2", "-", "-"] in table
 
 
 def test_recipe_errors_are_one_line(tmp_path, capsys):
@@ -388,4 +394,6 @@ def test_recipe_runs_as_a_script_from_anywhere(tmp_path):
     assert [index.name for index in indexes] == list(TREES)
     for index in indexes:
         assert len(index.select("train"))
-        assert all(index.clothes_picture(row)[0].is_file() and index.path(row).is_file() for row in range(len(index)))
+        assert all(
+            index.clothes_picture(row)[0].path.is_file() and index.path(row).is_file() for row in range(len(index))
+        )

@@ -37,7 +37,7 @@ def by_pillow(path: Path, size=SIZE, box=(0.0, 0.0, 1.0, 1.0)) -> torch.Tensor:
 
 
 def run(pictures: Pictures, size=SIZE, **options) -> torch.Tensor:
-    pipeline = PicturePipeline(lambda _: pictures, size=size, batch=len(pictures.paths), device=CPU, **options)
+    pipeline = PicturePipeline(lambda _: pictures, size=size, batch=len(pictures.items), device=CPU, **options)
     return pipeline.next()
 
 
@@ -69,13 +69,15 @@ def test_nothing_drawn_means_nothing_done(files):
 
 def test_flip_shift_and_erase(files):
     base = run(plain(files), augment=False)
-    flipped = run(Pictures(files, plain(files).boxes, augmentation(8, flip=1.0)), augment=True)
+    flipped = run(Pictures(plain(files).items, plain(files).boxes, augmentation(8, flip=1.0)), augment=True)
     assert torch.allclose(flipped, base.flip(3), atol=1e-6)
     black = -torch.tensor(MEAN) / torch.tensor(STD)
-    shifted = run(Pictures(files, plain(files).boxes, augmentation(8, shift=(1.0, -1.0))), augment=True)
+    shifted = run(Pictures(plain(files).items, plain(files).boxes, augmentation(8, shift=(1.0, -1.0))), augment=True)
     assert torch.allclose(shifted[:, :, :-10, 10:], base[:, :, 10:, :-10], atol=1e-6)
     assert torch.allclose(shifted[:, :, -10:], black.view(1, 3, 1, 1).expand(8, 3, 10, 64), atol=1e-6)
-    erased = run(Pictures(files, plain(files).boxes, augmentation(8, erase=(0.25, 0.5, 0.5, 0.25))), augment=True)
+    erased = run(
+        Pictures(plain(files).items, plain(files).boxes, augmentation(8, erase=(0.25, 0.5, 0.5, 0.25))), augment=True
+    )
     assert (erased[:, :, 32:96, 32:48] == 0).all()
     erased[:, :, 32:96, 32:48] = base[:, :, 32:96, 32:48]
     assert torch.allclose(erased, base, atol=1e-6)
@@ -90,7 +92,7 @@ def test_a_channel_stands_for_others(files):
 
 
 def test_colour_jitter_changes_colours_only_when_asked(files):
-    pictures = Pictures(files, plain(files).boxes, augmentation(8, jitter=(1.0, 0.5, -1.0, 0.2)))
+    pictures = Pictures(plain(files).items, plain(files).boxes, augmentation(8, jitter=(1.0, 0.5, -1.0, 0.2)))
     assert torch.allclose(run(pictures, augment=True), run(plain(files), augment=False), atol=1e-6)
     assert (run(pictures, augment=True, colour_jitter=0.3) - run(plain(files), augment=False)).abs().mean() > 0.1
 
@@ -138,7 +140,7 @@ def test_damaged_files_never_harm_the_batches_after_them(files, tmp_path):
         if number % 3 == 1:
             with pytest.raises(DecodeError) as caught:
                 pipeline.next()
-            assert caught.value.paths == [batch(number)[number % 24]]
+            assert list(caught.value.reasons) == [batch(number)[number % 24]]
         else:
             assert torch.equal(pipeline.next(), run(plain(batch(number)), augment=False))
 
@@ -155,7 +157,7 @@ def test_a_damaged_file_is_named_and_costs_its_batch_only(files, tmp_path, damag
     first = pipeline.next()
     with pytest.raises(DecodeError) as caught:
         pipeline.next()
-    assert caught.value.paths == [bad]
+    assert list(caught.value.reasons) == [bad]
     assert torch.equal(pipeline.next(), run(plain(files[4:]), augment=False))
     assert torch.equal(pipeline.next(), first)
     assert torch.equal(pipeline.again(plain(files[:4])), first)

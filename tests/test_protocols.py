@@ -11,7 +11,6 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from conftest import one_hot, score_similarities
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from engine.config import TrainConfig
 from engine.data.datasets import DATASETS
 from engine.data.datasets._base import DataSet
-from engine.data.index import SCHEMA, Index, find_indexes
+from engine.data.index import Index, find_indexes, make_table
 from engine.data.record import MODALITIES, SPLITS
 from engine.errors import InputError
 from engine.evaluation import evaluate_model
@@ -69,11 +68,9 @@ def make_index(pid, camera, split, clothes=None, modality=None, path=None, capti
         "clothes": [-1] * rows if clothes is None else clothes,
         "modality": [0] * rows if modality is None else [MODALITIES.index(name) for name in modality],
         "captions": [[]] * rows if captions is None else captions,
-        "clothes_picture": [""] * rows,
     }
-    table = pa.table([pa.array(columns[field.name], type=field.type) for field in SCHEMA], schema=SCHEMA)
     dataset = DataSet("hand", "hand", (), (), parse=lambda root: iter(()), trains=(), protocols={}, images={})
-    return Index(dataset, Path("hand"), table)
+    return Index(dataset, Path("hand"), make_table(columns))
 
 
 def query_gallery(query, gallery) -> Index:

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from engine.data.index import Index, find_indexes
@@ -236,8 +235,9 @@ def test_streams_of_the_drawn_data(mini):
     silent, spoken = li.rows[li.starts[0]], li.rows[li.starts[0] + 1 :]
     captions = [[] if row == silent else li.index.captions(row) for row in range(len(li.index))]
     column = li.index.table.schema.get_field_index("captions")
-    kind = li.index.table.schema.field("captions")
-    table = li.index.table.set_column(column, kind, pa.array(captions, kind.type))
+    table = li.index.table.set_column(
+        column, "captions", make_table({"path": [""] * len(captions), "captions": captions})["captions"]
+    )
     (described,) = make_streams([Index(li.index.dataset, li.index.root, table)], ("li",))
     assert set(described.rows.tolist()) == {*spoken.tolist()}  # an image without a description cannot be asked for
     with pytest.raises(InputError, match="nothing to train"):

@@ -11,27 +11,29 @@ import pyarrow.compute as pc
 from engine.data.index import Index, find_indexes
 from engine.data.record import SPLITS
 
-COUNTS = ("images", "published", "identities", "cameras", "outfits", "captions")
+COUNTS = ("images", "published", "damaged", "identities", "cameras", "outfits", "captions")
 
 
 def describe(data: Path) -> list[dict[str, Any]]:
     """One row per data set and split (and one for query + gallery where only their sum is published).
 
-    dataset, title, folder, split; images; published (number of images; None = not stated); identities, cameras, outfits
-    (different ones in the split), captions (sentences); trains, protocols (tuples of names), terms.
+    dataset, title, folder, split; images (damaged ones included; an overlap is part of its train split, too);
+    published (number of images; None = not stated); damaged; identities, cameras, outfits (different ones in the
+    split), captions (sentences); trains, protocols (tuples of names), terms.
     """
     return [row for index in find_indexes(data) for row in _rows(index)]
 
 
 def _rows(index: Index) -> list[dict[str, Any]]:
-    found = [split for split in SPLITS if len(index.select(split))]
-    groups = [(split, [split]) for split in found]
+    codes = {split: code for code, split in enumerate(SPLITS)}
+    found = [split for split, code in codes.items() if code in index.split and split != "picture"]
+    groups = [(split, [split, "overlap"] if split == "train" else [split]) for split in found]
     if "test" in index.dataset.images and "test" not in found:
         groups.append(("query+gallery", [split for split in ("query", "gallery") if split in found]))
     dataset, sentences = index.dataset, pc.list_value_length(index.table["captions"]).to_numpy()
     rows = []
     for name, splits in groups:
-        keep = index.select(*splits)
+        keep = np.flatnonzero(np.isin(index.split, [codes[split] for split in splits]))
         clothes = index.clothes[keep]
         rows.append(
             {
@@ -40,7 +42,8 @@ def _rows(index: Index) -> list[dict[str, Any]]:
                 "folder": str(index.root),
                 "split": name,
                 "images": len(keep),
-                "published": dataset.images.get("test" if len(splits) > 1 else name),
+                "published": dataset.images.get("test" if name == "query+gallery" else name),
+                "damaged": int(np.count_nonzero(index.damaged[keep])),
                 "identities": len(np.unique(index.pid[keep])),
                 "cameras": len(np.unique(index.camera[keep])),
                 "outfits": len(np.unique(clothes[clothes >= 0])),

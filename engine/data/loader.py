@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ MOST_DAMAGED = 0.05  # share of the images drawn above which a run stops
 class TrainLoader:
     """`next()` gives the batches of micro-steps start, start+1, ... of one rank.
 
-    quarantine(path, reason, micro_step) is called once for every damaged file that this rank meets.
+    damaged: files known to be so, such as what the indexes name. quarantine(path, reason, micro_step) is called once
+    for every other damaged file that this rank meets.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class TrainLoader:
         *,
         rank: int,
         start: int,
+        damaged: Iterable[Path] = (),
         quarantine: Callable[[Path, str, int], None],
     ):
         self.sampler, self.config, self.tokenizer, self.device, self.rank = sampler, config, tokenizer, device, rank
         self.micro_step, self.quarantine = start, quarantine
-        self.damaged: set[Path] = set()
-        self.drawn = 0
+        self.damaged = set(damaged)
+        self.met = self.drawn = 0  # damaged files met, images drawn
         largest = max(P * K for P, K in sampler.batches) // sampler.world
         settings: dict[str, Any] = {"batch": largest, "device": device, "threads": config.workers}
         self.images = PicturePipeline(
@@ -100,7 +102,7 @@ class TrainLoader:
 
     def _images(self, micro_step: int) -> Pictures:
         sample, _ = self._sample(micro_step)
-        return plain([sample.stream.index.path(row) for row in sample.rows])._replace(augmentation=sample.augmentation)
+        return plain([sample.stream.index.item(row) for row in sample.rows])._replace(augmentation=sample.augmentation)
 
     def _clothes(self, micro_step: int) -> Pictures:
         sample, _ = self._sample(micro_step)
@@ -109,7 +111,7 @@ class TrainLoader:
             index.clothes_picture(asked) if asked != own else index.worn(own)
             for own, asked in zip(sample.rows.tolist(), sample.instruction_rows.tolist(), strict=True)
         ]
-        return plain([path for path, _ in pictures], [box for _, box in pictures])
+        return plain([item for item, _ in pictures], [box for _, box in pictures])
 
     def _sample(self, micro_step: int) -> tuple[Sample, bool]:
         """This rank's share with the records replaced of which a file is known to be damaged, and whether none was."""
@@ -135,13 +137,13 @@ class TrainLoader:
             if not self._is_damaged(sample, other, instructs):
                 return other
         raise InputError(
-            f"{sample.stream.index.path(row)}: cannot be decoded, nor can other images of that identity; repair them"
+            f"{sample.stream.index.path(row)}: damaged, and so are other images of that identity; repair them"
         )
 
     def _is_damaged(self, sample: Sample, row: int, instructs: bool) -> bool:
         """Whether a file is that this batch needs of the record: its image, and its clothes where they instruct."""
         index = sample.stream.index
-        return index.path(row) in self.damaged or (instructs and index.clothes_picture(row)[0] in self.damaged)
+        return index.path(row) in self.damaged or (instructs and index.clothes_picture(row)[0].path in self.damaged)
 
     def _clothes_step(self, start: int, number: int) -> int:
         """The `number`-th micro-step from `start` on whose stream is instructed by clothes."""
@@ -157,13 +159,14 @@ class TrainLoader:
         try:
             return decode()
         except DecodeError as error:
-            for path in error.paths:
+            for path, reason in error.reasons.items():
                 if path not in self.damaged:
-                    self.quarantine(path, "cannot be decoded", micro_step)
-            self.damaged |= set(error.paths)
-        if len(self.damaged) > max(20, MOST_DAMAGED * self.drawn):
+                    self.met += 1
+                    self.quarantine(path, reason, micro_step)
+            self.damaged = self.damaged | set(error.reasons)  # a new set: threads that read ahead look at the old one
+        if self.met > max(20, MOST_DAMAGED * self.drawn):
             raise InputError(
-                f"{len(self.damaged)} damaged files among {self.drawn} images drawn (quarantine.jsonl names them); "
+                f"{self.met} damaged files among {self.drawn} images drawn (quarantine.jsonl names them); "
                 "repair the data set"
             )
         return None

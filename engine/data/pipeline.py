@@ -1,57 +1,66 @@
-"""Encoded files -> normalised float images: one DALI graph for CPU and GPU, for training, clothes pictures and tests.
+"""Encoded images -> normalised float images, for training, clothes pictures and tests.
 
-Whoever needs pictures writes a `source(batch number) -> Pictures`: stateless, so any batch can be made again. DALI
-reads ahead through it, decodes (`mixed` on a GPU, `cpu` without), crops, resizes, augments and normalises; torch
-receives the result by DLPack. No DALIGenericIterator: it ends an epoch silently after a damaged file.
+Whoever needs pictures writes a `source(batch number) -> Pictures`: stateless, so any batch can be made again.
+`PicturePipeline` reads ahead through it by one of two forms of the same steps (crop to a box, resize, augment,
+normalise):
+
+* DALI, one graph for `cpu` and `mixed` (decoding on a GPU). torch receives the result by DLPack. No
+  DALIGenericIterator: it ends an epoch silently after a damaged file.
+* threads that decode with libjpeg-turbo and do all the rest in one pass (kernels.augment): on a CPU several times as
+  fast as DALI's steps (bench/loader.py), so it is what a CPU runs; tests hold it against DALI, pixel by pixel.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn
-from nvidia.dali import types as dali_types
-from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from torch import Tensor
 
+from engine.data.files import FORMATS, Damaged, Item, decode, read
 from engine.data.index import WHOLE, Box
 from engine.data.sampler import Augmentation
+from kernels.augment import Normalization, augment, augment_parameters
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1
 PADDING = 10  # pixels of the resized image on each side before the random crop
+HUE = 30.0  # degrees that colour jitter of strength 1 turns hues by, at most
+AHEAD = 2  # batches that are being made while one is used
 
 
 class Pictures(NamedTuple):
-    """One batch of files. paths: B files; boxes: [B, 4] float32 left, top, right, bottom as fractions; how to
-    augment."""
+    """One batch of images. items: B; boxes: [B, 4] float32 left, top, right, bottom as fractions; how to augment."""
 
-    paths: Sequence[Path]
+    items: Sequence[Item]
     boxes: NDArray[np.float32]
     augmentation: Augmentation
 
 
-def plain(paths: Sequence[Path], boxes: Sequence[Box] | None = None) -> Pictures:
+def plain(items: Sequence[Item | Path], boxes: Sequence[Box] | None = None) -> Pictures:
     """Pictures without augmentation (tests, clothes)."""
-    count = len(paths)
+    count = len(items)
     rectangles = np.asarray(boxes or [WHOLE] * count, dtype=np.float32)
     flip, shift, erase, jitter = (np.zeros((count, *shape), dtype=np.float32) for shape in ((), (2,), (4,), (4,)))
     channels = np.tile(np.arange(3, dtype=np.float32), (count, 1))
-    return Pictures(paths, rectangles, Augmentation(flip, shift, erase, jitter, channels))
+    known = [item if isinstance(item, Item) else Item(item) for item in items]
+    return Pictures(known, rectangles, Augmentation(flip, shift, erase, jitter, channels))
 
 
 class DecodeError(RuntimeError):
-    """A file of the batch cannot be decoded. `paths` names those that fail alone."""
+    """Images of the batch cannot be used. reasons: path -> why, in words, for each of them."""
 
-    def __init__(self, paths: Sequence[Path]):
-        super().__init__("cannot decode " + ", ".join(map(str, paths)))
-        self.paths = list(paths)
+    def __init__(self, reasons: Mapping[Path, str]):
+        super().__init__("; ".join(f"{path} {why}" for path, why in reasons.items()))
+        self.reasons = dict(reasons)
 
 
 class PicturePipeline:
@@ -59,8 +68,10 @@ class PicturePipeline:
 
     size            (height, width) of the result
     batch           most pictures in a batch
-    augment         whether the graph holds the augmenting steps; colour_jitter: strength 0..1
+    augment         whether the augmenting steps are done; colour_jitter: strength 0..1
     device          torch device; a CUDA device decodes there
+    threads         that decode
+    decoder         "auto": DALI for a GPU, threads for a CPU; or "dali", "threads" (CPU only)
     """
 
     def __init__(
@@ -74,23 +85,136 @@ class PicturePipeline:
         threads: int = 2,
         start: int = 0,
         colour_jitter: float = 0.0,
+        decoder: str = "auto",
     ):
-        self.source, self.number = source, start
-        self.settings: dict[str, Any] = {
+        if decoder == "auto":
+            decoder = "dali" if device.type == "cuda" else "threads"
+        settings: dict[str, Any] = {
             "size": size,
-            "batch": batch,
             "augment": augment,
-            "device": device,
             "threads": threads,
             "colour_jitter": colour_jitter,
         }
-        self.unreadable: set[Path] = set()  # met by this pipeline
-        self.pipe = _graph(lambda number: self._inputs(source(start + number)), **self.settings)
-        self.pipe.build()
-        self.spare: Pipeline | None = None
+        if decoder == "threads":
+            self.form: _Threads | _Dali = _Threads(source, start, **settings)
+        else:
+            self.form = _Dali(source, start, batch=batch, device=device, **settings)
 
     def next(self) -> Tensor:
-        """[B, 3, H, W] float32 on the device. DecodeError names damaged files; the next call goes on behind them."""
+        """[B, 3, H, W] float32 on the device. DecodeError names what is damaged; the next call goes on behind it."""
+        return self.form.next()
+
+    def again(self, pictures: Pictures) -> Tensor:
+        """One batch outside the sequence, made alike: how a batch is made once more without a damaged image."""
+        return self.form.again(pictures)
+
+
+class _Threads:
+    """Each batch is made by all threads, a few images at a time, straight into its place."""
+
+    def __init__(
+        self,
+        source: Callable[[int], Pictures],
+        start: int,
+        *,
+        size: tuple[int, int],
+        augment: bool,
+        threads: int,
+        colour_jitter: float,
+    ):
+        self.source, self.number, self.size, self.augment = source, start, size, augment
+        self.threads, self.colour_jitter = threads, colour_jitter
+        self.normalization = Normalization(MEAN, STD)
+        self.one_at_a_time = threading.Lock()  # a source need not be thread-safe
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.ahead: deque[Future[_Making]] = deque()
+
+    def next(self) -> Tensor:
+        while len(self.ahead) <= AHEAD:
+            self.ahead.append(self.pool.submit(self._begin, self.number + len(self.ahead)))
+        self.number += 1
+        return self.ahead.popleft().result().result()
+
+    def again(self, pictures: Pictures) -> Tensor:
+        return self._make(pictures).result()
+
+    def _begin(self, number: int) -> _Making:
+        with self.one_at_a_time:
+            pictures = self.source(number)
+        return self._make(pictures)
+
+    def _make(self, pictures: Pictures) -> _Making:
+        count = len(pictures.items)
+        images = torch.empty(count, 3, *self.size)
+        drawn = pictures.augmentation
+        steps: dict[str, NDArray] = {}
+        if self.augment:
+            steps = {
+                "flip": drawn.flip,
+                "shift": drawn.shift * (PADDING + 0.499),
+                "erase": drawn.erase,
+                "channels": drawn.channels,
+            }
+            if self.colour_jitter:
+                steps["colours"] = _colours(drawn.jitter * self.colour_jitter)
+        table = augment_parameters(count, box=pictures.boxes, **steps)
+        share = max(1, -(-count // (4 * self.threads)))
+        parts = [
+            self.pool.submit(self._fill, pictures.items, table, images, range(at, min(at + share, count)))
+            for at in range(0, count, share)
+        ]
+        return _Making(images, parts)
+
+    def _fill(self, items: Sequence[Item], table: NDArray[np.float32], images: Tensor, which: range) -> dict[Path, str]:
+        damaged = {}
+        for i in which:
+            try:
+                augment(decode(read(items[i])), table[i], self.normalization, images[i])
+            except Damaged as reason:
+                damaged[items[i].path] = str(reason)
+        return damaged
+
+
+class _Making(NamedTuple):
+    """A batch that threads fill; each part returns path -> why for what is damaged."""
+
+    images: Tensor
+    parts: list[Future[dict[Path, str]]]
+
+    def result(self) -> Tensor:
+        damaged = {path: why for part in self.parts for path, why in part.result().items()}
+        if damaged:
+            raise DecodeError(damaged)
+        return self.images
+
+
+def _colours(jitter: NDArray[np.float32]) -> NDArray[np.float64]:
+    """[B, 3, 4]: matrix and offset of jitter [B, 4], brightness, contrast and saturation as 1 + jitter, hue in HUE
+    degrees; saturation and hue in the YIQ space, contrast about grey 128, as DALI's color_twist."""
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+    from_yiq = np.array([[1, 0.956, 0.621], [1, -0.272, -0.647], [1, -1.107, 1.705]])
+    brightness, contrast, saturation = (1 + jitter[:, i].astype(np.float64) for i in range(3))
+    angle = np.deg2rad(HUE * jitter[:, 3].astype(np.float64))
+    turn = np.zeros((len(jitter), 3, 3))
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = np.cos(angle) * saturation
+    turn[:, 1, 2], turn[:, 2, 1] = np.sin(angle) * saturation, -np.sin(angle) * saturation
+    matrix = from_yiq @ turn @ to_yiq * (brightness * contrast)[:, None, None]
+    offset = brightness * (128 - 128 * contrast)
+    return np.concatenate([matrix, np.broadcast_to(offset[:, None, None], (len(jitter), 3, 1))], 2)
+
+
+class _Dali:
+    """DALI's graph, reading ahead by its own threads."""
+
+    def __init__(self, source: Callable[[int], Pictures], start: int, **settings: Any):
+        self.source, self.number, self.settings = source, start, settings
+        self.unreadable: dict[Path, str] = {}  # met by this pipeline
+        self.pipe = _graph(lambda number: self._inputs(source(start + number)), **self.settings)
+        self.pipe.build()
+        self.spare: Any = None
+
+    def next(self) -> Tensor:
         number, self.number = self.number, self.number + 1
         try:
             images = _to_torch(self.pipe.run())
@@ -101,7 +225,6 @@ class PicturePipeline:
         return images
 
     def again(self, pictures: Pictures) -> Tensor:
-        """One batch outside the sequence, with the same graph: how a batch is made once more without a damaged file."""
         try:
             images = self._by_spare(pictures)
         except RuntimeError as error:
@@ -110,26 +233,33 @@ class PicturePipeline:
         return images
 
     def _refuse_unreadable(self, pictures: Pictures) -> None:
-        damaged = [path for path in dict.fromkeys(pictures.paths) if path in self.unreadable]
+        damaged = {item.path: self.unreadable[item.path] for item in pictures.items if item.path in self.unreadable}
         if damaged:
             raise DecodeError(damaged)
 
     def _inputs(self, pictures: Pictures) -> dict[str, list[NDArray]]:
         """The graph's inputs by name. A file whose header cannot be read is noted, and a black pixel goes in its place:
         at the first such file DALI 2.4's decoder leaves its stack while its threads still work on it."""
-        encoded = [_read(path) for path in pictures.paths]
-        self.unreadable |= {path for path, content in zip(pictures.paths, encoded, strict=True) if content is None}
+        encoded = []
+        for item in pictures.items:
+            try:
+                encoded.append(_with_header(read(item)))
+            except Damaged as reason:
+                self.unreadable[item.path] = str(reason)
+                encoded.append(BLACK)
         numbers = _numbers(pictures, **self.settings)
-        return {"encoded": [BLACK if content is None else content for content in encoded], **numbers}
+        return {"encoded": encoded, **numbers}
 
     def _name_damaged(self, pictures: Pictures, error: RuntimeError) -> NoReturn:
-        damaged = []
-        for path in dict.fromkeys(pictures.paths):
+        damaged: dict[Path, str] = {}
+        for item in {item.path: item for item in pictures.items}.values():
             try:
-                self._by_spare(plain([path]))
-                self._refuse_unreadable(plain([path]))
+                self._by_spare(plain([item]))
+                self._refuse_unreadable(plain([item]))
+            except DecodeError as alone:
+                damaged |= alone.reasons
             except RuntimeError:
-                damaged.append(path)
+                damaged[item.path] = "cannot be decoded"
         if not damaged:
             raise error
         raise DecodeError(damaged) from error
@@ -143,14 +273,15 @@ class PicturePipeline:
         return _to_torch(self.spare.run(**self._inputs(pictures)))
 
 
-def _read(path: Path) -> NDArray[np.uint8] | None:
-    """The file's bytes; None where they do not begin as a picture does."""
+def _with_header(content: bytes) -> NDArray[np.uint8]:
+    """The bytes, of which Pillow has read what comes before the compressed data."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:  # reads up to the compressed data
-            return np.frombuffer(content, np.uint8) if image.tile else None
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.tile:
+                return np.frombuffer(content, np.uint8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
+        pass
+    raise Damaged("is no picture, or its header is damaged")
 
 
 def _black() -> NDArray[np.uint8]:
@@ -181,8 +312,12 @@ def _graph(
     device: torch.device,
     threads: int,
     colour_jitter: float,
-) -> Pipeline:
+) -> Any:
     """The steps an image goes through, top to bottom. source None: every batch is given to `run`."""
+    from nvidia.dali import fn
+    from nvidia.dali import types as dali_types
+    from nvidia.dali.pipeline import Pipeline
+
     types: Any = dali_types  # its names are made when it is imported
     gpu = device.type == "cuda"
     names = ["encoded", *_numbers(plain([]), augment=augment, colour_jitter=colour_jitter)]
@@ -211,7 +346,11 @@ def _graph(
             )
         encoded, box, *random = parts
         images: Any = fn.decoders.image(
-            encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
+            encoded,
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,
+            adjust_orientation=False,  # as the field's loaders, which do not look at EXIF data
         )
         images = fn.slice(
             images,
@@ -245,7 +384,7 @@ def _graph(
                 brightness=1 + colour_jitter * jitter[0],
                 contrast=1 + colour_jitter * jitter[1],
                 saturation=1 + colour_jitter * jitter[2],
-                hue=30 * colour_jitter * jitter[3],
+                hue=HUE * colour_jitter * jitter[3],
             )
         images = fn.crop_mirror_normalize(
             images,

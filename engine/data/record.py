@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPLITS = ("train", "val", "query", "gallery", "test")
+SPLITS = ("train", "val", "query", "gallery", "test", "picture", "overlap")
 MODALITIES = ("vis", "nir")
 
 
@@ -20,7 +20,9 @@ class Record(NamedTuple):
     path             image file relative to the data set's root, "/" as separator
     pid              the data set's own identity number, >= 0 (splits may number independently)
     camera           the data set's own camera number
-    split            one of SPLITS; "test" where the protocol itself divides queries from gallery
+    split            one of SPLITS; "test" where the protocol itself divides queries from gallery. Parsers do not yield
+                     the last two: "picture" (of clothes, no person's image) and "overlap" (a training image that is
+                     another data set's test image, too)
     clothes          outfit key, unique in the data set ("" where outfits are not annotated). A COCAS+ Real2 query
                      carries the outfit that is *wanted* (its template's), not the one that is worn
     modality         one of MODALITIES

@@ -36,6 +36,7 @@ class DataSet(NamedTuple):
     images     split -> published number of images, for `recipes/data.py describe` to hold a copy against; "test" is
                query and gallery together where the data set has those
     terms      how the data set may be used, one line for the README and `describe`
+    overlaps   data sets whose test images may be among its training images; an index leaves those out
     told       what an image's own path tells, where datalists are read: groups `camera` (number, or letter A, B, C) and
                `modality`, or none of these; None where they are not, or by `parse`
     """
@@ -49,6 +50,7 @@ class DataSet(NamedTuple):
     protocols: Mapping[str, tuple[str, ...]]
     images: Mapping[str, int]
     terms: str = RESEARCH
+    overlaps: tuple[str, ...] = ()
     told: re.Pattern[str] | None = None
 
 
