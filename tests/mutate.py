@@ -801,6 +801,7 @@ MUTANTS = [
         ("images without a description", 'table["captions"]))[rows] > 0]', 'table["captions"]))[rows] >= 0]'),
         ("the damaged image again", "others = rows[rows != row]", "others = rows"),
         ("the same replacement again and again", "slot + 1, attempt + 1)", "slot + 1, 1)"),
+        ("columns of one array", "np.ascontiguousarray(part.T) for", "part.T for"),
         ("erasing everything", "(u[5] < 0.5)", "(u[5] < 2)"),
     ),
 ]
