@@ -212,11 +212,12 @@ def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer
         if checkpoint is None:
             raise InputError(f"--resume: no checkpoint in {folder}; leave --resume out to start a run")
         old_config, stored, old_tokenizer = read_facts(checkpoint)
+        options = ("model", "seed", "ids", "images_per_id", "window", "shares", "temperature", "leaders", "ahead")
         differ = [
             (what, getattr(old, what), getattr(new, what))
             for old, new, names in (
                 (stored, state, ("world", "streams", "heads")),
-                (old_config, config, ("model", "seed", "ids", "images_per_id", "window", "shares", "leaders", "ahead")),
+                (old_config, config, options),
             )
             for what in names
             if getattr(old, what) != getattr(new, what)

@@ -147,9 +147,10 @@ class TrainConfig:
     ids: int = 32
     images_per_id: int = 4
     shares: dict[str, int] = field(default_factory=dict)  # task -> micro-steps of each of its streams per cycle (1)
+    temperature: float = 0.0  # above 0: streams in proportion to images^(1/temperature) instead of `shares`
     leaders: tuple[str, ...] = ()  # tasks whose streams train alone at first, `ahead` micro-steps of each
     ahead: int = 0
-    window: int = 0  # micro-steps (one stream each) per optimiser step; 0 = one per stream
+    window: int = 0  # micro-steps (one stream each) per optimiser step; 0 = Sampler.window
     lr: float = 1e-5
     lr_start: float = 1e-7
     lr_new: float = 10.0  # multiplier for layers that no pre-training covers: heads, gates, instruction projections
@@ -196,7 +197,8 @@ class TrainConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
-        for name in ("seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip", "ahead"):
+        finite = ("seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip", "ahead")
+        for name in (*finite, "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.seed >= 1 << 63:
@@ -208,6 +210,11 @@ class TrainConfig:
         for task, share in [*self.shares.items(), *((task, 1) for task in self.leaders)]:
             if task not in TASKS or type(share) is not int or share < 1:
                 raise InputError(f"shares {self.shares}, leaders {self.leaders}: expected tasks, shares of 1 or more")
+        if self.temperature and self.shares:
+            shares = ",".join(f"{task}={share}" for task, share in self.shares.items())
+            raise InputError(
+                f"--temperature {self.temperature}, --shares {shares}: both say how often streams train; leave one out"
+            )
         if self.feature not in ("cls", "fout", "concat"):
             raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
         if self.device not in ("auto", "cpu", "cuda"):

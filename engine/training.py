@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
             images_per_id=config.images_per_id,
             world=runtime.world,
             shares=config.shares,
+            temperature=config.temperature,
             leaders=config.leaders,
             ahead=config.ahead,
         )
@@ -73,7 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         tested = bool(tests)
         if not tested:
             say("no test part: training only")
-    window = config.window or len(sampler.cycle)
+    window = config.window or sampler.window
     model = build_model(config, streams, tokenizer)
     say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(streams)} streams "

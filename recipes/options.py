@@ -71,7 +71,8 @@ def training_parser(description: str) -> Parser:
         "--window",
         type=int,
         metavar="N",
-        help="micro-steps (one stream each) per optimiser step; 0: one per stream (default: 1 for irm_tiny, else 0)",
+        help="micro-steps (one stream each) per optimiser step; 0: a whole cycle, one per stream without --shares "
+        "(default: 1 for irm_tiny, else 0)",
     )
     add(
         "--shares",
@@ -79,6 +80,13 @@ def training_parser(description: str) -> Parser:
         metavar="TASK=N,..",
         help="how often a cycle trains each stream of a task, 1 where not named (default: vi=12,ctcc=3,t2i=2,li=3 for "
         "irm_tiny, else 1)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="train streams as often as images^(1/T) says instead of --shares: 1 in proportion to their images, a "
+        "large T all alike; --window 0 still is one per stream (default: 0, off)",
     )
     add(
         "--ahead",
@@ -168,8 +176,10 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
     model = model_config(name, **changes, **({"fused": False} if args.no_fused else {}))
     values: dict[str, Any] = dict(PRESETS.get(name, PRESETS["irm_base"]))
     given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
-    given += ["checkpoint_every", "keep", "feature", "shares", "ahead", "label_smoothing"]
+    given += ["checkpoint_every", "keep", "feature", "shares", "temperature", "ahead", "label_smoothing"]
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
+    if args.temperature and args.shares is None:
+        values["shares"] = {}  # not the preset's
     if args.warmup is None:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
     flags = ("resume", "quick", "save_features", "log_samples", "global_losses", "plain_triplet", "allow_missing")

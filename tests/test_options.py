@@ -27,6 +27,10 @@ def test_the_mini_data_get_the_tiny_model_and_real_data_the_papers():
     assert (config().shares["vi"], config().leaders, config().ahead) == (12, ("trad",), 25)
     assert config("--shares", "vi=3,li=2", "--ahead", "0").shares == {"vi": 3, "li": 2}
     assert (real.shares, real.ahead) == ({}, 0)
+    assert (mini.temperature, config("--temperature", "2.5").temperature) == (0, 2.5)
+    assert config("--temperature", "2").shares == {}  # in place of the preset's
+    assert config("--temperature", "0").shares == mini.shares
+    assert config("--temperature", "0", "--shares", "vi=3").shares == {"vi": 3}
 
 
 @pytest.mark.parametrize("text", ["", "vi", "vi=", "vi=x", "other=2", "vi=-1", "vi=1,"])
@@ -132,6 +136,11 @@ def test_run_configurations_edited_by_hand(values, message):
         (("--steps", "many"), "--steps"),
         (("--seed", str(1 << 63)), "--seed"),
         (("--seed", "-1"), "--seed -1"),
+        (("--temperature", "warm"), "--temperature"),
+        (("--temperature=-1",), "--temperature -1.0: expected 0 or more"),
+        (("--temperature", "nan"), "--temperature nan: expected 0 or more"),
+        (("--temperature", "inf"), "--temperature inf: expected 0 or more"),
+        (("--temperature", "2", "--shares", "vi=3,li=2"), "--temperature 2.0, --shares vi=3,li=2: .*leave one out"),
         (("--tasks", ""), "--tasks"),
         (("--tasks", "trad,,cc"), "--tasks"),
         (("--deepspeed_config", "/nowhere.json"), "/nowhere.json: No such file"),
