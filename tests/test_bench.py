@@ -10,10 +10,12 @@ import torch
 from conftest import ROOT
 
 import kernels
-from bench import attention, compile_report, measure, triplet
+from bench import attention, compile_report, measure, starts, triplet
+from bench import loader as loader_benchmark
 from bench import rank as rank_benchmark
 from bench import topk as topk_benchmark
 from bench.compiled import ctas_per_sm
+from engine.data import pipeline
 
 
 def test_bytes_and_flops_of_attention_by_hand():
@@ -194,3 +196,127 @@ def test_ranking_benchmark_and_its_rivals_agree(monkeypatch):
     expected = rank_benchmark.ours(case)()
     for rival in (rank_benchmark.argsort_numpy, rank_benchmark.argsort_cython):
         assert rival(case)() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """Files -> a benchmark's case of batches of 8."""
+    folder = tmp_path_factory.mktemp("crops")
+    files = loader_benchmark.write_files(folder, (160, 64), 32)
+    shards = loader_benchmark.write_shards(folder, files)
+    return lambda mode: loader_benchmark.Case(folder, files, shards, mode, 8, torch.device("cpu"))
+
+
+READERS = [name for name in loader_benchmark.READERS if name != "ours, packed"]
+
+
+@pytest.mark.xdist_group("readers")
+def test_readers_yield_the_same_pictures(crops):
+    """The first two batches of each: 0 to 7, then 8 to 15, or the second worker's shard."""
+    own = (loader_benchmark.MEAN, loader_benchmark.STD, loader_benchmark.PADDING)
+    assert own == (pipeline.MEAN, pipeline.STD, pipeline.PADDING)
+    found = {}
+    for name in READERS:
+        batches = loader_benchmark.READERS[name](crops("bare"))
+        found[name] = [next(batches).clone() for _ in range(2)]
+        assert all(batch.shape == (8, 3, 256, 128) and batch.dtype == torch.float32 for batch in found[name])
+    for name, (first, second) in found.items():
+        assert loader_benchmark.difference(first, found["ours"][0]) < loader_benchmark.NEAR
+        if not name.startswith("webdataset"):
+            assert loader_benchmark.difference(second, found["ours"][1]) < loader_benchmark.NEAR
+    assert loader_benchmark.difference(*found["ours"]) > 2 * loader_benchmark.NEAR  # other people
+    assert loader_benchmark.difference(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)) == pytest.approx(
+        57.63, abs=0.01
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["augmented", "jittered"])
+@pytest.mark.parametrize("name", READERS)
+def test_readers_augment_alike(name, mode, crops):
+    """Half of the pictures are erased, by a fifth on average; hardly two turns of a picture are the same."""
+    torch.manual_seed(0)
+    batches = loader_benchmark.READERS[name](crops(mode))
+    images = torch.cat([next(batches).clone() for _ in range(40)])
+    assert images.shape == (320, 3, 256, 128)
+    erased = (images == 0).all(1).float().mean((1, 2))  # 0 is the mean colour, which next to no pixel has exactly
+    assert 0.4 < (erased > 0.015).float().mean() < 0.6
+    assert 0.15 < erased[erased > 0.015].mean() < 0.27
+    assert erased.max() < 0.45
+    black = -torch.tensor(loader_benchmark.MEAN) / torch.tensor(loader_benchmark.STD)
+    padded = (images[:, :, 0] - black[:, None]).abs().amax((1, 2)) < 0.1  # the first row: shifted down
+    assert 0.25 < padded.float().mean() < 0.6
+    assert len({image.numpy().tobytes() for image in images}) > 0.98 * len(images)  # two may be shifted alike
+
+
+def test_plain_sampler_draws_p_times_k():
+    pids = [image % 7 for image in range(40)] + [7, 7]  # five or six images each, two of the last
+    sampler = starts.PlainSampler(pids, 3, 4, 50)
+    batches = torch.tensor(sampler.indices).view(50, 3, 4)
+    of = torch.tensor(pids)[batches]
+    assert (of == of[:, :, :1]).all()
+    assert all(len(set(labels)) == 3 for labels in of[:, :, 0].tolist())
+    assert set(of.flatten().tolist()) == set(range(8))
+    for images, pid in zip(batches.view(-1, 4).tolist(), of[:, :, 0].flatten().tolist(), strict=True):
+        assert len(set(images)) == 4 or pid == 7
+    with pytest.raises(ValueError, match="8 identities, 9 are needed"):
+        starts.PlainSampler(pids, 9, 4, 1)
+
+
+def test_loader_benchmark_refuses_what_is_wrong(monkeypatch):
+    """One that yields other pictures; one that yields another shape."""
+    batch = torch.zeros(2, 3, 4, 4)
+    case = loader_benchmark.Case(ROOT, [], [], "bare", 2, torch.device("cpu"))
+    for wrong, message in ((batch + 0.1, "Pillow differs from ours by 5.8 grey levels"), (batch[:1], "Pillow yields")):
+        readers = {"Pillow": lambda _, wrong=wrong: iter([wrong] * 99), "ours": lambda _: iter([batch] * 99)}
+        monkeypatch.setattr(loader_benchmark, "READERS", readers)
+        with pytest.raises(SystemExit, match=message):
+            loader_benchmark.run(case, 1, 1)
+    readers |= {"Pillow": lambda _: iter([batch + 0.01] * 99), "packed": loader_benchmark.ours_packed}
+    monkeypatch.setattr(loader_benchmark, "READERS", readers)
+    rows = loader_benchmark.run(case, 2, 3, size="none")
+    assert [set(row) for row in rows[:2]] == [{"size", "case", "rival", "images/s", "to Pillow", "to ours"}] * 2
+    assert rows[2] == {"size": "none", "case": "bare", "rival": "packed", "left_out": "there is no packed form yet"}
+
+
+def test_rows_of_starts(monkeypatch):
+    """Medians; who is cut off is not tried again."""
+    tried: list[str] = []
+
+    def start(name: str, rows: int) -> dict:
+        tried.append(name)
+        return {"left_out": "stopped"} if name == "plain" else {"seconds": float(len(tried)), "MiB": 2.0}
+
+    monkeypatch.setattr(loader_benchmark, "start", start)
+    plain, ours, _ = loader_benchmark.startup([5_000_000], 3)
+    assert tried == ["plain", "ours", "ours, stored index", *["ours", "ours, stored index"] * 2]
+    assert plain == {"rows": 5_000_000, "identities": 328_604, "rival": "plain", "left_out": "stopped"}
+    assert ours == {"rows": 5_000_000, "identities": 328_604, "rival": "ours", "seconds": 4.0, "MiB": 2.0}
+
+
+def test_a_start_in_a_process_of_its_own():
+    found = loader_benchmark.start("ours", 3000)
+    assert found["seconds"] > 0
+    assert 0 < found["MiB"] < 10
+    assert loader_benchmark.start("plain", 3000, limit=0.01) == {"left_out": "stopped after 0.01 s"}
+    assert "left_out" in loader_benchmark.start("ours, stored index", 3000)
+
+
+@pytest.mark.slow
+def test_the_plain_sampler_lists_the_whole_training():
+    assert loader_benchmark.start("plain", 3000)["MiB"] > 20  # 24,000 x 128 numbers of 8 bytes
+
+
+@pytest.mark.slow
+def test_loader_benchmark_from_the_command_line(tmp_path):
+    command = ["bench/loader.py", "--device", "cpu", "--quick", "--sizes", "128x64", "--json", tmp_path / "rows.json"]
+    done = subprocess.run(
+        [sys.executable, *command, "--plot", tmp_path / "plot.png"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    timed = [row for row in rows if "left_out" not in row]
+    assert [row["rival"] for row in timed] == READERS * 2
+    assert {row["case"] for row in timed} == {"bare", "augmented"}
+    assert all(row["images/s"] > 0 and 2000 < row["bytes"] < 6000 for row in timed)
