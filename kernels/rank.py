@@ -5,7 +5,9 @@ precision, CMC and mINP need only the rank of each positive: the negatives befor
 positives before it. No Q×G matrix is kept. Scores are canonical (csrc/score.h), so a result depends on nothing but the
 inputs, and counts of the parts of a gallery add up to the counts of the whole.
 
-A gallery in host memory, its groups and keys beside it, serves
+Each function is an operator of torch where the gallery is a plain tensor: torch.compile keeps it in its graph, and only
+the operator looks at numbers (rows that are finite, offsets that ascend). A prepared gallery breaks the graph: use it
+outside of what is compiled. None is differentiable. A gallery in host memory, its groups and keys beside it, serves
 queries on a GPU: kernels/streaming.py.
 """
 
@@ -115,7 +117,8 @@ def pair_scores(
     _check.one_of("metric", metric, METRICS)
     check_searched(queries, gallery)
     _listed(queries, offsets, {"positives": positives})
-    return _pair_scores(queries, gallery, offsets, positives, metric)
+    score = _pair_scores if isinstance(gallery, Gallery) else torch.ops.kernels.pair_scores.default
+    return score(queries, gallery, offsets, positives, metric)
 
 
 def count_ahead_reference(
@@ -252,9 +255,8 @@ def count_ahead(
     _check.shape("thresholds", thresholds, (len(positive_index),), "[P]")
     _check.dtype("thresholds", thresholds, (torch.float32,))
     _check.same_device("thresholds", thresholds, "queries", queries)
-    return _count_ahead(
-        queries, gallery, query_group, gallery_group, offsets, thresholds, positive_index, metric, index_base
-    )
+    count = _count_ahead if isinstance(gallery, Gallery) else torch.ops.kernels.count_ahead.default
+    return count(queries, gallery, query_group, gallery_group, offsets, thresholds, positive_index, metric, index_base)
 
 
 def _negatives_ahead(
@@ -287,7 +289,8 @@ def negatives_ahead(
     check_searched(queries, gallery)
     _groups(queries, gallery, query_group, gallery_group)
     _listed(queries, offsets, {"positives": positives})
-    return _negatives_ahead(queries, gallery, query_group, gallery_group, offsets, positives, metric)
+    count = _negatives_ahead if isinstance(gallery, Gallery) else torch.ops.kernels.negatives_ahead.default
+    return count(queries, gallery, query_group, gallery_group, offsets, positives, metric)
 
 
 def best_per_group_reference(
@@ -411,7 +414,56 @@ def best_per_group(
     check_searched(queries, gallery)
     _group("gallery_group", gallery_group, len(gallery), "[G]", "gallery", features_of(gallery))
     keys = keys_beside(queries, query_keys, gallery, gallery_keys) or (None, None)
-    return _best_per_group(queries, gallery, gallery_group, groups, metric, *keys)
+    search = _best_per_group if isinstance(gallery, Gallery) else torch.ops.kernels.best_per_group.default
+    return search(queries, gallery, gallery_group, groups, metric, *keys)
+
+
+_LIBRARY = torch.library.Library("kernels", "FRAGMENT")
+_ROWS = "Tensor queries, Tensor gallery"
+_GROUPS = "Tensor query_group, Tensor gallery_group"
+for _schema, _function in (
+    (f"pair_scores({_ROWS}, Tensor offsets, Tensor positives, str metric) -> Tensor", _pair_scores),
+    (
+        f"count_ahead({_ROWS}, {_GROUPS}, Tensor offsets, Tensor thresholds, Tensor positive_index, str metric, "
+        "SymInt index_base) -> Tensor",
+        _count_ahead,
+    ),
+    (
+        f"negatives_ahead({_ROWS}, {_GROUPS}, Tensor offsets, Tensor positives, str metric) -> (Tensor, Tensor)",
+        _negatives_ahead,
+    ),
+    (
+        f"best_per_group({_ROWS}, Tensor gallery_group, SymInt groups, str metric, Tensor? query_keys, "
+        "Tensor? gallery_keys) -> (Tensor, Tensor)",
+        _best_per_group,
+    ),
+):
+    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    for _key in ("CUDA", "CPU"):
+        _LIBRARY.impl(_schema.partition("(")[0], _function, _key)
+    _LIBRARY.impl(_schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")  # not differentiable
+
+
+@torch.library.register_fake("kernels::pair_scores", lib=_LIBRARY)
+def _(queries, gallery, offsets, positives, metric):
+    return queries.new_empty(len(positives), dtype=torch.float32)
+
+
+@torch.library.register_fake("kernels::count_ahead", lib=_LIBRARY)
+def _(queries, gallery, query_group, gallery_group, offsets, thresholds, positive_index, metric, index_base):
+    return queries.new_empty(len(positive_index), dtype=torch.int64)
+
+
+@torch.library.register_fake("kernels::negatives_ahead", lib=_LIBRARY)
+def _(queries, gallery, query_group, gallery_group, offsets, positives, metric):
+    P = len(positives)
+    return queries.new_empty(P, dtype=torch.float32), queries.new_empty(P, dtype=torch.int64)
+
+
+@torch.library.register_fake("kernels::best_per_group", lib=_LIBRARY)
+def _(queries, gallery, gallery_group, groups, metric, query_keys, gallery_keys):
+    shape = len(queries), groups
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
 def _listed(queries: Tensor, offsets: Tensor, listed: dict[str, Tensor]) -> None:

@@ -171,6 +171,24 @@ def _checked(
     return keys_beside(queries, query_keys, gallery, gallery_keys)
 
 
+_LIBRARY = torch.library.Library("kernels", "FRAGMENT")
+_LIBRARY.define(
+    "topk(Tensor queries, Tensor gallery, SymInt k, str metric, Tensor? query_keys, Tensor? gallery_keys) "
+    "-> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.impl("topk", _topk, "CUDA")
+_LIBRARY.impl("topk", _topk, "CPU")
+_LIBRARY.impl("topk", torch.library.fallthrough_kernel, "Autograd")  # not differentiable
+_op = torch.ops.kernels.topk.default
+
+
+@torch.library.register_fake("kernels::topk", lib=_LIBRARY)
+def _(queries, gallery, k, metric, query_keys, gallery_keys):
+    shape = len(queries), k
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
 def topk(
     queries: Tensor,
     gallery: Tensor | Gallery,
@@ -194,8 +212,11 @@ def topk(
 
     All lie on one device, but for a gallery (with its keys) in host memory that queries on a GPU search: its rows are
     sent over part by part while earlier ones are searched (kernels/streaming.py). A plain tensor's norms are computed
-    in every call, where it lies: prepare it for more than one.
+    in every call, where it lies: prepare it for more than one. torch.compile keeps the search of a plain tensor in its
+    graph as one operator; a prepared gallery breaks the graph: search it outside of what is compiled.
     ValueError for other shapes, dtypes or devices, and for rows that are not finite.
     """
     keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys) or (None, None)
-    return _topk(queries, gallery, k, metric, *keys)
+    if isinstance(gallery, Gallery):
+        return _topk(queries, gallery, k, metric, *keys)
+    return _op(queries, gallery, k, metric, *keys)

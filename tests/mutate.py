@@ -222,6 +222,8 @@ MUTANTS = [
         ("parts: numbers of the part", "rows, rows + base)", "rows, rows)"),
         ("parts: keys of the first part", "beside[0])", "gallery_keys)"),
         ("parts: a later one replaces what was found", "            if base:\n", "            if False:\n"),
+        ("operator: another shape", "shape = len(queries), k", "shape = k, len(queries)"),
+        ("operator: gradients are expected", "torch.library.fallthrough_kernel", "_topk"),
     ),
     *of(
         "kernels/rank.py",

@@ -1,4 +1,4 @@
-"""kernels.streaming: galleries in parts have the bits of the whole; streams wait for each other."""
+"""kernels.streaming: galleries in parts have the bits of the whole; streams wait for each other; operators of torch."""
 
 import contextlib
 import random
@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_rank import case
 from test_topk import METRICS, features
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import gallery as galleries
@@ -261,6 +262,69 @@ def test_a_gallery_on_another_device_is_refused():
             kernels.topk(torch.zeros(2, 3, device=ours), torch.zeros(4, 3, device=theirs), 1)
 
 
+@pytest.mark.xdist_group("dynamo")
+def test_queries_on_a_gpu_search_a_gallery_in_host_memory():
+    """As far as shapes and places go."""
+    with FakeTensorMode():
+        queries, gallery = torch.empty(3, 8, device="cuda"), torch.empty(50, 8)
+        group, keys = torch.empty(50, dtype=torch.int64), torch.empty(50, 2, dtype=torch.int64)
+        named = {"query_keys": torch.empty(3, 2, dtype=torch.int64, device="cuda"), "gallery_keys": keys}
+        for values, rows in (
+            kernels.topk(queries, gallery, 60, **named),
+            kernels.best_per_group(queries, gallery, group, 60, **named),
+        ):
+            assert values.shape == rows.shape == (3, 60)
+            assert values.device.type == rows.device.type == "cuda"
+        with pytest.raises(ValueError, match=r"gallery_keys: expected the device of gallery \(cpu\)"):
+            kernels.topk(queries, gallery, 3, query_keys=named["query_keys"], gallery_keys=keys.to("cuda"))
+        with pytest.raises(ValueError, match=r"gallery_group: expected the device of gallery \(cpu\)"):
+            kernels.best_per_group(queries, gallery, group.to("cuda"), 60)
+        with pytest.raises(ValueError, match="queries: expected the device of gallery"):
+            kernels.topk_reference(queries, gallery, 3)
+
+
+def operators():
+    queries, gallery, query_group, gallery_group, offsets, listed = case(5, 60, 12)
+    keys = torch.arange(5)[:, None], torch.arange(60)[:, None] % 7
+    scores = kernels.pair_scores(queries, gallery, offsets, listed)
+    rows, groups = (queries, gallery), (query_group, gallery_group)
+    return {
+        "topk": (*rows, 70, "l2", *keys),
+        "pair_scores": (*rows, offsets, listed, "cosine"),
+        "count_ahead": (*rows, *groups, offsets, scores, listed, "cosine", 3),
+        "negatives_ahead": (*rows, *groups, offsets, listed, "ip"),
+        "best_per_group": (*rows, gallery_group, 7, "l2", *keys),
+    }
+
+
+@pytest.mark.xdist_group("dynamo")  # which takes long to load
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", operators())
+def test_operator_registration(name, grad):
+    queries, *rest = operators()[name]
+    operator = getattr(torch.ops.kernels, name).default
+    torch.library.opcheck(operator, (queries.requires_grad_(grad), *rest))
+    results = operator(queries, *rest)
+    assert not any(result.requires_grad for result in ([results] if isinstance(results, torch.Tensor) else results))
+
+
+@pytest.mark.xdist_group("dynamo")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    given, keys = inputs()
+
+    def run(queries, *rest):
+        results = found((queries * 2, *rest), keys, "l2")
+        scores = kernels.pair_scores(queries, rest[0], *rest[3:])
+        ahead = kernels.count_ahead(queries, *rest[:4], scores, rest[4], index_base=2)
+        return [*results, scores, ahead]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert equal(compiled(*given), run(*given))
+    given[0].requires_grad_()
+    assert equal(compiled(*given), run(*given))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["normal", "equal", "wild"])
 @pytest.mark.parametrize("metric", METRICS)
@@ -275,3 +339,4 @@ def test_a_gallery_in_host_memory_has_the_bits_of_one_on_the_gpu(metric, kind, m
             host = queries, gallery, query_group, given[3], offsets, listed
             for prepare in (None, "bfloat16"):
                 assert equal(found(host, [keys[0].cuda(), keys[1]], metric, prepare), expected)
+    torch.library.opcheck(torch.ops.kernels.topk.default, (queries, given[1], 5, metric, None, None))
