@@ -30,7 +30,8 @@ shards() {
     "$python" -m pytest -q -m gpu -k "$words" tests/test_attention.py &
     pids+=($!)
   done
-  "$python" -m pytest -q -m gpu tests/test_triplet.py tests/test_topk.py tests/test_rank.py || status=1
+  "$python" -m pytest -q -m gpu tests/test_triplet.py tests/test_topk.py tests/test_rank.py \
+    tests/test_streaming.py || status=1
   for pid in "${pids[@]}"; do wait "$pid" || status=1; done
   return $status
 }

@@ -102,19 +102,54 @@ def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precisio
                    cosine), with the same results. For processors that multiply them faster; measured on none, so never
                    chosen unasked
 
+    A gallery in host memory is prepared there and serves queries on a GPU as well: kernels/streaming.py.
     ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
     """
+    check_gallery(gallery)
+    _check.one_of("low_precision", low_precision, (None, *CODES))
+    return _prepared(gallery, keys_of("keys", keys, "gallery", gallery), low_precision)
+
+
+def check_gallery(gallery: Tensor) -> None:
     _check.shape("gallery", gallery, (None, None), "[G, D]")
     _check.dtype("gallery", gallery, KINDS)
-    _check.one_of("low_precision", low_precision, (None, *CODES))
     if not len(gallery) < 2**31:
         raise ValueError(f"gallery: expected fewer than 2^31 rows, got {len(gallery)}; divide it into shards")
+
+
+def _prepared(gallery: Tensor, keys: Tensor | None = None, low_precision: str | None = None) -> Gallery:
     features = gallery.detach().contiguous()
     norms = row_norms("gallery", features)
     codes = None
     if low_precision is not None and 0 < features.shape[1] < MOST_FEATURES:
         codes = encode(features, CODES[low_precision])
-    return Gallery(features, norms, keys_of("keys", keys, "gallery", features), codes)
+    return Gallery(features, norms, keys, codes)
+
+
+def check_searched(queries: Tensor, gallery: Tensor | Gallery) -> None:
+    """Shapes, types and places. Whether the numbers are finite, only an operator can say: `ready`, `row_norms`."""
+    if isinstance(gallery, Tensor):
+        check_gallery(gallery)
+    rows = features_of(gallery)
+    _check.shape("queries", queries, (None, rows.shape[1]), "[Q, D]")
+    _check.dtype("queries", queries, KINDS)
+    if not (queries.is_cuda and rows.device.type == "cpu"):
+        _check.same_device("queries", queries, "gallery", rows)
+
+
+def ready(queries: Tensor, gallery: Tensor | Gallery) -> tuple[Tensor, Gallery]:
+    """(queries as contiguous float32, gallery prepared). ValueError for rows of the gallery that are not finite."""
+    return queries.detach().float().contiguous(), gallery if isinstance(gallery, Gallery) else _prepared(gallery)
+
+
+def together(queries: Tensor, gallery: Tensor | Gallery) -> tuple[Tensor, Gallery]:
+    """As `ready`, for references, to which nothing is sent over."""
+    _check.same_device("queries", queries, "gallery", features_of(gallery))
+    return ready(queries, gallery)
+
+
+def features_of(gallery: Tensor | Gallery) -> Tensor:
+    return gallery.features if isinstance(gallery, Gallery) else gallery
 
 
 def keys_of(name: str, keys: Tensor | None, of: str, rows: Tensor) -> Tensor | None:
@@ -129,15 +164,15 @@ def keys_of(name: str, keys: Tensor | None, of: str, rows: Tensor) -> Tensor | N
 
 
 def keys_beside(
-    queries: Tensor, query_keys: Tensor | None, gallery: Gallery, gallery_keys: Tensor | None
+    queries: Tensor, query_keys: Tensor | None, gallery: Tensor | Gallery, gallery_keys: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """([Q, J], [G, J]) int64, the gallery's given or prepared with it; None where nothing is left out."""
-    if gallery_keys is not None and gallery.keys is not None:
+    theirs = gallery.keys if isinstance(gallery, Gallery) else None
+    if gallery_keys is not None and theirs is not None:
         raise ValueError("gallery_keys: expected None, for the prepared gallery has keys")
     ours = keys_of("query_keys", query_keys, "queries", queries)
-    theirs = (
-        gallery.keys if gallery_keys is None else keys_of("gallery_keys", gallery_keys, "gallery", gallery.features)
-    )
+    if theirs is None:
+        theirs = keys_of("gallery_keys", gallery_keys, "gallery", features_of(gallery))
     if ours is None and theirs is None:
         return None
     if ours is None or theirs is None:
@@ -386,7 +421,7 @@ def _strip(
         stop = min(start + width, columns[1])
         rest = given.gallery[start:stop] if order is None else given.gallery[order[start:stop]]
         products = buffer[: len(rows) * (stop - start)].view(len(rows), stop - start)
-        multiply(queries, rest.to(queries.device, non_blocking=True), products)
+        multiply(queries, rest, products)
         visit(part, module.Tile(products.data_ptr(), integers, rows.start, rows.stop, start, stop))
 
 

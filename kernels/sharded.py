@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels.gallery import Gallery
+from kernels.streaming import best
 
 Group = dist.ProcessGroup | None
 
@@ -33,7 +34,7 @@ def topk(
     keys = None if query_keys is None else _gathered(query_keys, group)[0]
     values, rows = kernels.topk(all_queries, gallery, k, metric=metric, query_keys=keys, gallery_keys=gallery_keys)
     rows = torch.where(rows < 0, rows, rows + _base(gallery, queries.device, group))
-    return _best(_to_owners(values, sizes, group), _to_owners(rows, sizes, group), k, metric)
+    return best(_to_owners(values, sizes, group), _to_owners(rows, sizes, group), k, descending=metric != "l2")
 
 
 def negatives_ahead(
@@ -101,16 +102,8 @@ def best_per_group(
         _to_owners(part, sizes, group).unflatten(1, (-1, groups)).transpose(1, 2).flatten(0, 1)
         for part in (values, rows)
     ]  # [queries x groups, ranks]
-    values, rows = _best(columns[0], columns[1], 1, metric)
+    values, rows = best(columns[0], columns[1], 1, descending=metric != "l2")
     return values.view(len(queries), groups), rows.view(len(queries), groups)
-
-
-def _best(values: Tensor, rows: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The k best of each line; rows of equal values ascend in it already. Missing ones (-1) come last."""
-    order = (rows < 0).to(torch.int8).argsort(dim=1, stable=True)
-    order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=metric != "l2", stable=True))
-    order = order[:, :k]
-    return values.gather(1, order), rows.gather(1, order)
 
 
 def _base(gallery: Tensor | Gallery, device: torch.device, group: Group) -> int:

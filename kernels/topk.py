@@ -10,12 +10,12 @@ from torch import Tensor
 
 from kernels import _check
 from kernels.gallery import (
-    KINDS,
     METRICS,
     Gallery,
     backend,
     bounds_of,
     call,
+    check_searched,
     exclusion_of,
     in_parts,
     keys_beside,
@@ -23,11 +23,13 @@ from kernels.gallery import (
     operands,
     pairs_of,
     parts_of,
-    prepare_gallery,
+    ready,
     row_norms,
     running_sum,
     sweep,
+    together,
 )
+from kernels.streaming import best, parts
 
 ROOM, DEVICE_ROOM = 256, 4096  # candidates beyond k that a list holds; csrc/topk_block.h asks for 2048 on a GPU
 QUERIES = 4096  # whose lists are held at a time
@@ -43,7 +45,14 @@ def topk_reference(
     gallery_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `topk`, in plain torch: every canonical score, then a stable sort."""
-    queries, gallery, keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
+    keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
+    values, indices = _sorted(*together(queries, gallery), k, metric, keys)
+    return 0 - values if metric == "l2" else values, indices
+
+
+def _sorted(
+    queries: Tensor, gallery: Gallery, k: int, metric: str, keys: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     values, indices = empty_result(len(queries), k, queries.device)
     for q in range(len(queries)):
         scores = canonical_scores(queries[q : q + 1], gallery, metric)[0]
@@ -51,9 +60,9 @@ def topk_reference(
         if keys is not None:
             admissible = (keys[0][q] != keys[1]).all(1)
         rows = admissible.nonzero()[:, 0]
-        best = scores[rows].argsort(descending=True, stable=True)[:k]
-        values[q, : len(best)], indices[q, : len(best)] = scores[rows][best], rows[best]
-    return 0 - values if metric == "l2" else values, indices
+        first = scores[rows].argsort(descending=True, stable=True)[:k]
+        values[q, : len(first)], indices[q, : len(first)] = scores[rows][first], rows[first]
+    return values, indices
 
 
 def canonical_scores(queries: Tensor, gallery: Gallery, metric: str) -> Tensor:
@@ -72,47 +81,38 @@ def canonical_scores(queries: Tensor, gallery: Gallery, metric: str) -> Tensor:
     return torch.cat(parts, 1).float() if parts else queries.new_zeros(len(queries), 0)
 
 
-def topk(
+def _topk(
     queries: Tensor,
     gallery: Tensor | Gallery,
     k: int,
-    *,
-    metric: str = "cosine",
-    query_keys: Tensor | None = None,
-    gallery_keys: Tensor | None = None,
+    metric: str,
+    query_keys: Tensor | None,
+    gallery_keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The k best admissible gallery rows of every query, by canonical scores (csrc/score.h), equal ones by lower row.
-
-    queries       [Q, D] float32, float16 or bfloat16
-    gallery       [G, D] of these types, or what `prepare_gallery` made of it (and its keys)
-    k             any number >= 0, also beyond G
-    metric        "cosine" (0 with a zero vector), "ip" (inner product) or "l2" (squared Euclidean distance)
-    query_keys, gallery_keys  [Q] and [G], or [Q, J] and [G, J] int64: a row is left out when any of its keys equals the
-                  query's in the same column
-
-    Returns values float32 [Q, k] and rows int64 [Q, k], best first; missing ones are -inf (l2: +inf) and -1. The result
-    depends on nothing but the inputs: not on threads, blocks, shards or processor. Not differentiable.
-    ValueError for other shapes, dtypes or devices, and for rows that are not finite.
-    """
-    queries, gallery, keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys)
-    if backend(queries) is None:
-        return topk_reference(queries, gallery, k, metric=metric, query_keys=query_keys, gallery_keys=gallery_keys)
-    Q, kept = len(queries), min(k, len(gallery))
+    """`topk` of what is checked; keys [Q, J] and [G, J]."""
+    queries, gallery = ready(queries, gallery)
+    Q, norms = len(queries), row_norms("queries", queries)
     values, indices = empty_result(Q, k, queries.device)
-    norms = row_norms("queries", queries)
-    for start in range(0, Q if kept else 0, QUERIES):
-        part = slice(start, start + QUERIES)
-        own = None if keys is None else (keys[0][part], keys[1])
-        best = _search(queries[part], norms[part], gallery, kept, metric, own)
-        values[part, :kept], indices[part, :kept] = best
+    for base, part, beside in parts(gallery, queries.device, *(() if gallery_keys is None else (gallery_keys,))):
+        kept = min(k, len(part))
+        for start in range(0, Q if kept else 0, QUERIES):
+            block = slice(start, start + QUERIES)
+            keys = None if query_keys is None else (query_keys[block], beside[0])
+            found, rows = _search(queries[block], norms[block], part, kept, metric, keys)
+            if base:
+                rows = torch.where(rows < 0, rows, rows + base)
+                found, rows = best(torch.cat([values[block], found], 1), torch.cat([indices[block], rows], 1), k)
+            values[block, : found.shape[1]], indices[block, : rows.shape[1]] = found, rows
     return 0 - values if metric == "l2" else values, indices
 
 
 def _search(
     queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, keys: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
+    """The k best, greater = nearer."""
     module = backend(queries)
-    assert module is not None
+    if module is None:
+        return _sorted(queries, gallery, k, metric, keys)
     device, Q = queries.device, len(queries)
     given = operands(queries, norms, gallery, metric)
     pairs, excluded = pairs_of(queries, norms, gallery, metric), exclusion_of(queries, keys)
@@ -162,20 +162,61 @@ def _checked(
     metric: str,
     query_keys: Tensor | None,
     gallery_keys: Tensor | None,
-) -> tuple[Tensor, Gallery, tuple[Tensor, Tensor] | None]:
-    """(queries [Q, D], gallery, keys of both), checked."""
+) -> tuple[Tensor, Tensor] | None:
+    """Keys of both, or None."""
     _check.one_of("metric", metric, METRICS)
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise ValueError(f"k: expected a whole number of at least 0, got {k!r}")
-    queries, gallery = searched(queries, gallery)
-    return queries, gallery, keys_beside(queries, query_keys, gallery, gallery_keys)
+    check_searched(queries, gallery)
+    return keys_beside(queries, query_keys, gallery, gallery_keys)
 
 
-def searched(queries: Tensor, gallery: Tensor | Gallery) -> tuple[Tensor, Gallery]:
-    """(queries as contiguous float32, gallery prepared), checked."""
-    if not isinstance(gallery, Gallery):
-        gallery = prepare_gallery(gallery)
-    _check.shape("queries", queries, (None, gallery.shape[1]), "[Q, D]")
-    _check.dtype("queries", queries, KINDS)
-    _check.same_device("queries", queries, "gallery", gallery.features)
-    return queries.detach().float().contiguous(), gallery
+_LIBRARY = torch.library.Library("kernels", "FRAGMENT")
+_LIBRARY.define(
+    "topk(Tensor queries, Tensor gallery, SymInt k, str metric, Tensor? query_keys, Tensor? gallery_keys) "
+    "-> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.impl("topk", _topk, "CUDA")
+_LIBRARY.impl("topk", _topk, "CPU")
+_LIBRARY.impl("topk", torch.library.fallthrough_kernel, "Autograd")  # not differentiable
+_op = torch.ops.kernels.topk.default
+
+
+@torch.library.register_fake("kernels::topk", lib=_LIBRARY)
+def _(queries, gallery, k, metric, query_keys, gallery_keys):
+    shape = len(queries), k
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def topk(
+    queries: Tensor,
+    gallery: Tensor | Gallery,
+    k: int,
+    *,
+    metric: str = "cosine",
+    query_keys: Tensor | None = None,
+    gallery_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best admissible gallery rows of every query, by canonical scores (csrc/score.h), equal ones by lower row.
+
+    queries       [Q, D] float32, float16 or bfloat16
+    gallery       [G, D] of these types, or what `prepare_gallery` made of it (and its keys)
+    k             any number >= 0, also beyond G
+    metric        "cosine" (0 with a zero vector), "ip" (inner product) or "l2" (squared Euclidean distance)
+    query_keys, gallery_keys  [Q] and [G], or [Q, J] and [G, J] int64: a row is left out when any of its keys equals the
+                  query's in the same column
+
+    Returns values float32 [Q, k] and rows int64 [Q, k], best first; missing ones are -inf (l2: +inf) and -1. The result
+    depends on nothing but the inputs: not on threads, blocks, shards or processor. Not differentiable.
+
+    All lie on one device, but for a gallery (with its keys) in host memory that queries on a GPU search: its rows are
+    sent over part by part while earlier ones are searched (kernels/streaming.py). A plain tensor's norms are computed
+    in every call, where it lies: prepare it for more than one. torch.compile keeps the search of a plain tensor in its
+    graph as one operator; a prepared gallery breaks the graph: search it outside of what is compiled.
+    ValueError for other shapes, dtypes or devices, and for rows that are not finite.
+    """
+    keys = _checked(queries, gallery, k, metric, query_keys, gallery_keys) or (None, None)
+    if isinstance(gallery, Gallery):
+        return _topk(queries, gallery, k, metric, *keys)
+    return _op(queries, gallery, k, metric, *keys)
