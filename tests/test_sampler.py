@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.index import Index, find_indexes
+from engine.data.index import Index, find_indexes, make_table
 from engine.data.sampler import ROUNDS, Sampler, Stream, draw, make_streams, permute, shares_by_temperature
 from engine.errors import InputError
 from engine.tasks import TASKS
@@ -499,9 +499,8 @@ def test_streams_of_the_drawn_data(mini):
     silent, spoken = li.rows[li.starts[0]], li.rows[li.starts[0] + 1 :]
     captions = [[] if row == silent else li.index.captions(row) for row in range(len(li.index))]
     column = li.index.table.schema.get_field_index("captions")
-    table = li.index.table.set_column(
-        column, "captions", make_table({"path": [""] * len(captions), "captions": captions})["captions"]
-    )
+    told = make_table({"path": [""] * len(captions), "captions": captions})["captions"]
+    table = li.index.table.set_column(column, "captions", told)
     (described,) = make_streams([Index(li.index.dataset, li.index.root, table)], ("li",))
     assert set(described.rows.tolist()) == {*spoken.tolist()}  # an image without a description cannot be asked for
     with pytest.raises(InputError, match="nothing to train"):
