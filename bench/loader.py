@@ -51,6 +51,7 @@ from torchvision.transforms import v2
 
 from bench import measure, starts
 from engine.data import drawing
+from engine.data.index import Index
 from engine.data.sampler import Sampler, make_streams
 
 SIZES = {"128x64": (128, 64), "256x128": (256, 128), "384x160": (384, 160)}  # height, width of the files
@@ -68,6 +69,7 @@ OURS, BASE = "ours", "Pillow"
 
 INDEX_ROWS = (10_000, 100_000, 1_000_000, 5_000_000)
 LIMIT = 60  # seconds of one start
+STARTED = ("seconds", "MiB", "open s", "batch s", "records/s")
 
 
 class Case(NamedTuple):
@@ -250,20 +252,42 @@ def web_simplejpeg(case: Case) -> Iterator[Tensor]:
 
 
 def ours(case: Case) -> Iterator[Tensor]:
-    """As training reads them: augmented, the engine's sampler chooses files and random numbers."""
-    from engine.data.pipeline import PicturePipeline, Pictures, plain
+    return _ours(case, _indexed(case))
+
+
+def ours_dali(case: Case) -> Iterator[Tensor]:
+    return _ours(case, _indexed(case), decoder="dali")
+
+
+def ours_packed(case: Case) -> Iterator[Tensor]:
+    from engine.data.packing import pack
+
+    index = _indexed(case)
+    return _ours(case, Index.open_packed(index.dataset, pack(index, case.folder)))
+
+
+def _indexed(case: Case) -> Index:
+    """As `recipes/data.py index` leaves it: every file is held against its checksum."""
+    from engine.data.checking import check
 
     names = [str(file.relative_to(case.folder)) for file in case.files]
     index = starts.index_of(np.arange(len(names)) // IMAGES, case.folder, path=names)
+    return check(index, case.folder / "index.arrow")
+
+
+def _ours(case: Case, index: Index, **options: Any) -> Iterator[Tensor]:
+    """As training reads them: augmented, the engine's sampler chooses files and random numbers."""
+    from engine.data.pipeline import PicturePipeline, Pictures, plain
+
     sampler = Sampler(make_streams([index], ("trad",)), seed=0, ids=case.batch // IMAGES, images_per_id=IMAGES)
 
     def source(number: int) -> Pictures:
         if case.mode == "bare":
             rows = np.arange(number * case.batch, (number + 1) * case.batch) % len(index)
-            return plain([index.path(int(row)) for row in rows])
+            return plain([index.item(row) for row in rows.tolist()])
         sample = sampler.sample(number)
-        paths = plain([index.path(row) for row in sample.rows])
-        return paths._replace(augmentation=sample.augmentation)
+        pictures = plain([index.item(row) for row in sample.rows.tolist()])
+        return pictures._replace(augmentation=sample.augmentation)
 
     pipeline = PicturePipeline(
         source,
@@ -273,13 +297,9 @@ def ours(case: Case) -> Iterator[Tensor]:
         colour_jitter=JITTER if case.mode == "jittered" else 0.0,
         device=case.device,
         threads=WORKERS,
+        **options,
     )
     return (pipeline.next() for _ in count())
-
-
-def ours_packed(case: Case) -> Iterator[Tensor]:
-    """The place of a reader of packed shards; case.folder is what it would pack."""
-    raise NotImplementedError("there is no packed form yet")
 
 
 # Ours comes last: it starts threads, and the others' workers are forked.
@@ -291,6 +311,7 @@ READERS: dict[str, Reader] = {
     "webdataset, simplejpeg": web_simplejpeg,
     OURS: ours,
     "ours, packed": ours_packed,
+    "ours, DALI": ours_dali,
 }
 
 
@@ -324,7 +345,7 @@ def run(case: Case, rounds: int, batches: int, **common: Any) -> list[dict[str, 
         try:
             readers[name] = make(case)
             firsts[name] = next(readers[name]).clone()
-        except (ImportError, NotImplementedError) as error:
+        except ImportError as error:
             readers.pop(name, None)
             left_out[name] = str(error).splitlines()[0]
     expected = firsts.get(OURS, firsts[BASE])
@@ -394,7 +415,7 @@ def startup(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
             if "left_out" in done[-1]:
                 rows.append(row | {"left_out": done[-1]["left_out"]})
             else:
-                rows.append(row | {key: statistics.median(item[key] for item in done) for key in ("seconds", "MiB")})
+                rows.append(row | {key: statistics.median(item[key] for item in done) for key in done[0]})
     return rows
 
 
@@ -409,7 +430,7 @@ def main() -> int:
     if args.startup:
         rows = startup(INDEX_ROWS[:2] if args.quick else INDEX_ROWS, args.rounds or (QUICK_ROUNDS if args.quick else 3))
         result = {"benchmark": "loader, startup", **measure.facts(torch.device("cpu")), "rows": rows}
-        columns, where, group, value = ["rows", "identities", "rival", "seconds", "MiB"], ["rows"], ["rows"], "seconds"
+        columns, where, group, value = ["rows", "identities", "rival", *STARTED], ["rows"], ["rows"], "seconds"
         title, axis = "until the first 10 samples", "seconds"
     else:
         files, batches, rounds = (QUICK_FILES, QUICK_BATCHES, QUICK_ROUNDS) if args.quick else (FILES, BATCHES, ROUNDS)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -594,4 +593,4 @@ def _has_test(task: Task, index: Index, protocols: list[Protocol]) -> bool:
         return False
     if task.instruction not in ("description", "query"):
         return True
-    return bool(pc.list_value_length(index.table["captions"].take(rows)).to_numpy().any())
+    return bool(index.sentences(rows).any())

@@ -2,6 +2,7 @@
 
     python tests/mutate.py                    all mutants
     python tests/mutate.py sampler "tie "     those whose file or description holds one of the words
+    python tests/mutate.py --most 8           eight of them, spread evenly
     python tests/mutate.py --list
     TRITON_INTERPRET=1 python tests/mutate.py  those of the GPU's kernels, which the interpreter runs
 
@@ -838,11 +839,79 @@ MUTANTS = [
             "key=lambda label: pid[rows[stream.starts[label]]])",
             "key=lambda label: pid[rows[stream.starts[label]]] + 1)",
         ),
-        ("images without a description", 'table["captions"]))[rows] > 0]', 'table["captions"]))[rows] >= 0]'),
+        ("images without a description", "index.sentences(rows) > 0", "index.sentences(rows) >= 0"),
         ("the damaged image again", "others = rows[rows != row]", "others = rows"),
         ("the same replacement again and again", "slot + 1, attempt + 1)", "slot + 1, 1)"),
         ("columns of one array", "np.ascontiguousarray(part.T) for", "part.T for"),
         ("erasing everything", "(u[5] < 0.5)", "(u[5] < 2)"),
+    ),
+    *of(
+        "engine/data/files.py",
+        "checking",
+        ("a checksum that does not match", "if item.crc >= 0 and zlib", "if False and zlib"),
+        ("another place of a shard", "item.size, item.offset)", "item.size, 0)"),
+        ("any kind of file", "formats=FORMATS", "formats=None"),
+        ("blue for red", 'simplejpeg.decode_jpeg(content, "RGBX")', 'simplejpeg.decode_jpeg(content, "BGRX")'),
+    ),
+    *of(
+        "engine/data/checking.py",
+        "checking",
+        ("damaged files are not looked into again", "(damaged[was] == 0) & ", ""),
+        (
+            "what was known comes last",
+            "np.arange(same.sum()), same.sum() + np.arange(len(fresh))",
+            "len(fresh) + np.arange(same.sum()), np.arange(len(fresh))",
+        ),
+        ("overlap: content unseen", "found |= (pixels >= 0) & ", "found &= (pixels >= 0) & "),
+        ("overlap: by name alone", "name in known and other.name.startswith(source)", "name in known"),
+        (
+            ("overlap: of training images, too", ".to_numpy()[test])", ".to_numpy())"),
+            '(other.table["pixels"].to_numpy()[test])',
+            '(other.table["pixels"].to_numpy())',
+        ),
+        ("the journal stays", "            forget(file)\n", ""),
+        ("nobody is told", 'say(f"{path}: {reason}")', "pass"),
+    ),
+    *of(
+        "engine/data/packing.py",
+        "checking",
+        ("no reading back", "!= crcs[row]:", "!= crcs[row] and False:"),
+        ("no padding", "position += length + -(-size // BLOCK) * BLOCK", "position += length + size"),
+        ("left-overs stay", "if left.name != INDEX and left.name not in names:", "if False:"),
+        ("a name for any content", "digest.update(", "hash("),
+        ("damaged images are packed", "np.flatnonzero(index.damaged == 0)", "np.flatnonzero(index.damaged >= 0)"),
+        ("one shard", "if rows and position + length + size > shard_bytes:", "if False:"),
+    ),
+    *of(
+        "engine/data/index.py",
+        "checking index",
+        ("damaged images are selected", "keep &= self.damaged == 0", "keep &= True"),
+        ("a shard cut short", "if found != size:", "if False:"),
+        (
+            "captions.flatten().dictionary_encode()",
+            "pa.DictionaryArray.from_arrays(pa.array(range(len(captions.flatten())), pa.int32()), captions.flatten())",
+        ),
+        (
+            ("pictures of other records", "(wanted, value_set=known)", "(wanted, value_set=named)"),
+            "pc.index_in(wanted, value_set=known)",
+            "pc.index_in(wanted, value_set=named)",
+        ),
+    ),
+    *of(
+        "engine/data/pipeline.py",
+        "augment pipeline",
+        ("damage unnoticed", "damaged[items[i].path] = str(reason)", "pass"),
+        ("the same batch again", "self.number + len(self.ahead)", "self.number"),
+        ("hue unturned", "np.sin(angle) * saturation, -np.sin(angle) * saturation", "0, 0"),
+        ("contrast about black", "brightness * (128 - 128 * contrast)", "0 * brightness"),
+        ("shift by another unit", "drawn.shift * (PADDING + 0.499)", "drawn.shift * PADDING / 2"),
+    ),
+    *of(
+        "kernels/augment.py",
+        "augment",
+        ("shift cut", "np.rint(table", "np.floor(table"),
+        ("colours left alone", "= colours is not None", "= False"),
+        ("a channel that is none", "if not np.isin(chosen, (0, 1, 2)).all():", "if False:"),
     ),
 ]
 
@@ -875,10 +944,12 @@ def run(folder: Path, tests: tuple[str, ...], log: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants whose file or description holds a word")
+    parser.add_argument("--most", type=int, default=1 << 30, metavar="N", help="N mutants, spread over those chosen")
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
     args = parser.parse_args(arguments)
     ours = [m for m in MUTANTS if m.interpreted == INTERPRETED]
     chosen = [m for m in ours if not args.words or any(word in f"{m.file} {m.breaks} " for word in args.words)]
+    chosen = chosen[:: -(-len(chosen) // args.most)] if chosen else chosen
     try:
         sources = [mutant.applied() for mutant in chosen]
     except ValueError as error:

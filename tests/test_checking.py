@@ -4,6 +4,7 @@ packed data sets that hold the same."""
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from test_pipeline import damaged
 
-from engine.data import checking
+from engine.data import checking, packing
 from engine.data import index as module
 from engine.data.checking import index_folder, overlap, without_damaged_tests
 from engine.data.files import Damaged, Item, decode, picture, read
@@ -394,6 +395,27 @@ def test_killed_at_twenty_moments(what, tmp_path):
         assert contents(tmp_path / "killed" / "out" / "market1501.packed") == contents(
             tmp_path / "whole" / "out" / "market1501.packed"
         )
+
+
+def test_what_was_not_written_as_it_should_be_is_noticed(tmp_path, monkeypatch):
+    data = market(tmp_path)
+    index(data)
+    found = stored(data)
+    monkeypatch.setattr(packing, "read", lambda item: read(item)[::-1])  # as a disk may change it
+    with pytest.raises(InputError, match="does not hold what was written"):
+        pack(found, tmp_path / "packed")
+    assert list((tmp_path / "packed" / "market1501.packed").iterdir()) == []
+
+
+def test_a_test_image_whose_picture_of_clothes_is_damaged_is_damaged(mini, tmp_path):
+    shutil.copytree(mini / "COCAS+", tmp_path / "COCAS+")
+    [found] = find_indexes(tmp_path)
+    query = int(found.select("query")[0])
+    found.clothes_picture(query)[0].path.write_bytes(b"")
+    marked, count = without_damaged_tests(found, threads=2)
+    assert count >= 1
+    assert marked.damaged[query] == 1
+    assert len(marked.select("query", "gallery")) == len(found.select("query", "gallery")) - count
 
 
 def test_reasons_reach_whoever_trains(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 import engine
 from engine import baselines, checkpoint, training
 from engine.config import TrainConfig
+from engine.data.files import Item
 from engine.data.index import find_indexes
 from engine.data.pipeline import PicturePipeline, plain
 from engine.data.sampler import make_streams
@@ -172,18 +173,18 @@ def test_colours_and_pixels_rank_by_clothes_not_by_light(tmp_path):
     person(tmp_path / "other.png", green, green)
     names = ("query", "same", "swapped", "other")
     for describe in (baselines.histogram, baselines.pixels):
-        query, *gallery = (describe(tmp_path / f"{name}.png") for name in names)
+        query, *gallery = (describe(Item(tmp_path / f"{name}.png")) for name in names)
         scores = [float(query @ part) for part in gallery]
         assert float(query @ query) == pytest.approx(1, abs=1e-5)
         assert scores[0] > 0.8 > max(scores[1:])
     person(tmp_path / "same.png", red, blue, 0.95)
     query, *gallery = (
-        baselines.histogram(tmp_path / f"{name}.png", (0.35, 0.2, 0.65, 0.5), clothes=True) for name in names
+        baselines.histogram(Item(tmp_path / f"{name}.png"), (0.35, 0.2, 0.65, 0.5), clothes=True) for name in names
     )
     assert float(query @ gallery[0]) > 0.5 > float(query @ gallery[1])
     (tmp_path / "damaged.png").write_bytes((tmp_path / "query.png").read_bytes()[:60])
     with pytest.raises(InputError, match=r"damaged\.png: test image cannot be decoded"):
-        baselines.pixels(tmp_path / "damaged.png")
+        baselines.pixels(Item(tmp_path / "damaged.png"))
 
 
 def test_every_query_gets_what_another_identity_asks_for(mini):

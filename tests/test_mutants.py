@@ -1,4 +1,4 @@
-"""tests/mutate.py: planted defects are noticed by the tests. Its results are worth reading: run it by hand."""
+"""tests/mutate.py: planted defects are noticed by the tests. Here some of each file; all of them: run it by hand."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ import sys
 import mutate
 import pytest
 from conftest import ROOT
+
+MOST = 6  # of each file: all of them take hours of the machine that runs the tests
 
 
 def test_every_mutant_still_fits_its_source():
@@ -23,9 +25,9 @@ def test_every_mutant_still_fits_its_source():
 @pytest.mark.parametrize(
     ("file", "interpret"), sorted({(mutant.file, mutant.interpreted) for mutant in mutate.MUTANTS})
 )
-def test_every_mutant_is_killed(file, interpret):
+def test_mutants_are_killed(file, interpret):
     done = subprocess.run(
-        [sys.executable, "tests/mutate.py", file],
+        [sys.executable, "tests/mutate.py", file, "--most", str(MOST)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -243,10 +243,8 @@ def _table(paths: list[str], checks: list[Checks]) -> pa.Table:
 
 
 def _write(table: pa.Table, file: Path) -> None:
-    part = file.with_suffix(".part")
-    with part.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with whole_file(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    os.replace(part, file)
 
 
 def _journal(file: Path) -> Path:

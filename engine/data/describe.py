@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from engine.data.index import Index, find_indexes
 from engine.data.record import SPLITS
@@ -30,7 +29,7 @@ def _rows(index: Index) -> list[dict[str, Any]]:
     groups = [(split, [split, "overlap"] if split == "train" else [split]) for split in found]
     if "test" in index.dataset.images and "test" not in found:
         groups.append(("query+gallery", [split for split in ("query", "gallery") if split in found]))
-    dataset, sentences = index.dataset, pc.list_value_length(index.table["captions"]).to_numpy()
+    dataset = index.dataset
     rows = []
     for name, splits in groups:
         keep = np.flatnonzero(np.isin(index.split, [codes[split] for split in splits]))
@@ -47,7 +46,7 @@ def _rows(index: Index) -> list[dict[str, Any]]:
                 "identities": len(np.unique(index.pid[keep])),
                 "cameras": len(np.unique(index.camera[keep])),
                 "outfits": len(np.unique(clothes[clothes >= 0])),
-                "captions": int(sentences[keep].sum()),
+                "captions": int(index.sentences(keep).sum()),
                 "trains": dataset.trains,
                 "protocols": tuple(dict.fromkeys(name for names in dataset.protocols.values() for name in names)),
                 "terms": dataset.terms,

@@ -90,7 +90,7 @@ class Index:
         self.shards = [root / name for name in json.loads(stored.get("shards", "[]"))]
 
     def _column(self, name: str) -> np.ndarray:
-        return self.table[name].combine_chunks().to_numpy(zero_copy_only=len(self.table) > 0)
+        return whole(self.table[name]).to_numpy(zero_copy_only=len(self.table) > 0)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -109,6 +109,11 @@ class Index:
     def captions(self, row: int) -> list[str]:
         """Sentences that describe the image (or, for a COCAS+ Real2 query, what is wanted); may be empty."""
         return self.table["captions"][int(row)].as_py()
+
+    def sentences(self, rows: np.ndarray) -> np.ndarray:
+        """How many captions each of these rows has, int64."""
+        offsets = np.asarray(whole(self.table["captions"]).offsets)
+        return offsets[rows + 1] - offsets[rows]
 
     def clothes_picture(self, row: int) -> tuple[Item, Box]:
         """Picture of the clothes and the box of it to use: the whole template or crop, else the image's upper body."""
@@ -263,6 +268,11 @@ def _kept(index: Index, file: Path) -> Index:
     except OSError:
         return index
     return Index.open(index.dataset, index.root, file) or index
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """The column in one piece: where it is stored, if it is in one (combine_chunks copies in any case)."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _metadata(table: pa.Table) -> dict[str, str]:

@@ -20,7 +20,6 @@ from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from engine.data.index import Index
@@ -126,7 +125,7 @@ def _layout(index: Index, told: bool) -> _Layout:
     """The train images (told: those with a description) by identity and modality."""
     rows = index.select("train")
     if told:
-        rows = rows[np.asarray(pc.list_value_length(index.table["captions"]))[rows] > 0]
+        rows = rows[index.sentences(rows) > 0]
     key = index.pid[rows] << 1 | index.modality[rows]  # 32 bits: of a pid 31
     if np.any(key[1:] < key[:-1]):  # most data sets list their images in this order: nothing to sort
         packed = key.astype(np.uint64) << np.uint64(32) | np.arange(len(key), dtype=np.uint64)
