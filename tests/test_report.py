@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from engine.config import MODELS, TrainConfig
+from engine.data.files import Item
 from engine.data.index import WHOLE, Index, find_indexes
 from engine.evaluation import evaluate_model, write_features
 from engine.instructions import SENTENCES
@@ -234,8 +235,10 @@ def hostile(tmp_path) -> Path:
     """A page made by hand, every string of it hostile."""
     picture = tmp_path / "<b>&\"'.jpg"
     Image.new("RGB", (60, 140), "#88aacc").save(picture)
-    results = [Result(picture, HOSTILE, rank in (1, 4), 1 - rank / 10) for rank in range(1, 11)]
-    example = Example(picture, HOSTILE, HOSTILE, (picture, WHOLE), results, [1, 4, 12], np.full((4, 2), 1 / 8))
+    results = [Result(Item(picture), HOSTILE, rank in (1, 4), 1 - rank / 10) for rank in range(1, 11)]
+    example = Example(
+        Item(picture), HOSTILE, HOSTILE, (Item(picture), WHOLE), results, [1, 4, 12], np.full((4, 2), 1 / 8)
+    )
     row = {"mAP": 0.5, "mAP_std": 0.01, "rank1": 0.5, "rank5": 1.0, "rank10": 1.0, "mINP": 0.2, "random_mAP": 0.1}
     row |= {
         "untrained_mAP": None,
