@@ -144,7 +144,7 @@ def write_index(rows: int, folder: Path) -> None:
         "offset": np.concatenate([[0], np.cumsum(sizes)[:-1]])[which],
     }
     facts = {"shards": json.dumps(["0.tar"]), "sizes": json.dumps([int(sizes.sum())])}
-    index_of(pid, folder, **columns).save(folder / INDEX, **facts)
+    index_of(pid, folder, **columns).with_facts(**facts).save(folder / INDEX)
 
 
 def start_mapped(rows: int) -> Callable[[], Any]:

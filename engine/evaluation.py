@@ -195,8 +195,13 @@ def usable(indexes: list[Index], config: TrainConfig) -> tuple[list[Index], dict
     missing: dict[str, int] = {}
     for index in indexes:
         if any(index.dataset.protocols.get(task) for task in config.tasks):
-            index, count = without_damaged_tests(index, threads=config.workers)
-            missing |= {index.name: count} if count else {}
+            index = without_damaged_tests(index, threads=config.workers)
+            clothes = any(
+                TASKS[task].instruction == "clothes" and index.dataset.protocols.get(task) for task in config.tasks
+            )
+            rows, pictures = index.tested(clothes)
+            count = np.count_nonzero(index.damaged[rows] | (index.damaged[pictures] & (pictures >= 0)))
+            missing |= {index.name: int(count)} if count else {}
         result.append(index)
     return result, missing
 
@@ -208,7 +213,8 @@ def measurable(indexes: list[Index], config: TrainConfig) -> tuple[list[Tested],
     tested, left_out = [], {}
     for task in (TASKS[name] for name in TASKS if name in config.tasks):
         for index in indexes:
-            damage = {} if config.allow_missing else index.test_damage()
+            pictures = task.instruction == "clothes"
+            damage = {} if config.allow_missing else index.test_damage(pictures)
             if damage and index.dataset.protocols.get(task.name):
                 path, why = next(iter(damage.items()))
                 more = f" (one of {len(damage):,})" if len(damage) > 1 else ""
@@ -216,6 +222,8 @@ def measurable(indexes: list[Index], config: TrainConfig) -> tuple[list[Tested],
             protocols = [PROTOCOLS[name] for name in index.dataset.protocols.get(task.name, ())]
             if not _has_test(task, index, protocols):
                 continue
+            if pictures and config.allow_missing:
+                index = _with_pictures(index)
             fit = []
             for protocol in protocols:
                 try:
@@ -229,6 +237,14 @@ def measurable(indexes: list[Index], config: TrainConfig) -> tuple[list[Tested],
     if left_out and not tested:
         raise InputError(next(iter(left_out.values())))
     return tested, left_out
+
+
+def _with_pictures(index: Index) -> Index:
+    """The index with the test images marked as damaged whose pictures of clothes are."""
+    rows, pictures = index.tested(pictures=True)
+    damaged = index.damaged.copy()
+    damaged[rows] |= index.damaged[pictures] & (pictures >= 0)
+    return index.with_column("damaged", damaged)
 
 
 class Evaluation:

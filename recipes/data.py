@@ -49,7 +49,7 @@ def describe(args: argparse.Namespace) -> None:
 def index(args: argparse.Namespace) -> None:
     from engine.data.checking import index_folder
 
-    index_folder(args.data, threads=args.workers, say=print)
+    index_folder(args.data, threads=args.workers, say=print, anew=args.anew)
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -103,6 +103,7 @@ def parser() -> options.Parser:
         if command is index:
             cores = os.cpu_count() or 1
             add("--workers", type=int, default=cores, metavar="N", help=f"threads that decode (default: {cores})")
+            add("--anew", action="store_true", help="look into every image again, whatever is known of it")
         if command is pack:
             add("--output", type=Path, required=True, metavar="DIR", help="folder for the packed data (no default)")
             add("--dataset", metavar="NAME", help="pack these data sets only, separated by commas (default: all)")

@@ -206,6 +206,10 @@ def train(recipe: str, args: argparse.Namespace) -> int:
     config = training_config(recipe, args)
     mini_data(args.data)
 
+    from engine.data.index import find_roots
+
+    find_roots(Path(config.data), config.datasets)  # a mistake is said before the libraries are loaded, which take long
+
     from engine.results import print_check
     from engine.training import train as run_training
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL, launch
 from conftest import recipe as recipe_run
 from PIL import Image
@@ -25,10 +26,13 @@ from engine.data import index as module
 from engine.data.checking import index_folder, overlap, without_damaged_tests
 from engine.data.files import Damaged, Item, decode, picture, read
 from engine.data.index import Index, find_indexes, find_root, stored_index
+from engine.data.loader import TrainLoader
 from engine.data.packing import pack, pack_folder
 from engine.data.pipeline import DecodeError
 from engine.data.sampler import Sampler, make_streams
 from engine.errors import InputError
+from engine.evaluation import measurable, usable
+from engine.model.instruction import build_tokenizer
 from recipes import data as recipe
 
 MARKET = "Market-1501-v15.09.15"
@@ -202,7 +206,7 @@ def test_overlap_by_content_and_by_name(tmp_path):
     said = index(cuhk_pedes(data, images))
     found = stored(data, "cuhk_pedes")
     assert any("2 put aside as test images of Market-1501" in line for line in said)
-    assert any("test images of cuhk03 among those that train are not known" in line for line in said)
+    assert any("which are test images of cuhk03 is not known" in line for line in said)
     aside = {found.path(row).relative_to(data / "CUHK-PEDES" / "imgs").as_posix() for row in found.select("overlap")}
     assert aside == {"cam_a/other_name.png", f"Market/{name}"}
     assert len(found.select("train")) == 3
@@ -226,12 +230,11 @@ def test_evaluation_without_damaged_test_images(tmp_path):
     [light] = find_indexes(data)
     bad = light.path(light.select("gallery")[1])
     bad.write_bytes(b"")
-    marked, count = without_damaged_tests(light, threads=2)
-    assert count == 1
+    marked = without_damaged_tests(light, threads=2)
     assert bad not in [marked.path(row) for row in marked.select("gallery")]
-    assert light.test_damage() == {}
+    assert light.test_damage(True) == {}
     index(data)
-    assert list(stored(data).test_damage()) == [bad]
+    assert list(stored(data).test_damage(False)) == [bad]
 
 
 def test_errors_are_one_line(tmp_path, capsys):
@@ -280,7 +283,7 @@ def test_packing_again_changes_nothing_and_other_content_is_packed_anew(tmp_path
     loose, tight = packed(tmp_path, shard_bytes=9000)
     before = contents(tight.root)
     times = {file.name: file.stat().st_mtime_ns for file in tight.root.glob("*.tar")}
-    (tight.root / "00099-left.tar.part1").write_bytes(b"of a process that was killed")
+    (tight.root / "00099-0123456789abcdef.part1").write_bytes(b"of a process that was killed")
     pack(loose, tmp_path / "packed", shard_bytes=9000)
     assert contents(tight.root) == before
     assert {file.name: file.stat().st_mtime_ns for file in tight.root.glob("*.tar")} == times
@@ -410,7 +413,7 @@ def test_what_was_not_written_as_it_should_be_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "read", lambda item: read(item)[::-1])  # as a disk may change it
     with pytest.raises(InputError, match="does not hold what was written"):
         pack(found, tmp_path / "packed")
-    assert list((tmp_path / "packed" / "market1501.packed").iterdir()) == []
+    assert [path.name for path in (tmp_path / "packed" / "market1501.packed").iterdir()] == [".lock"]
 
 
 def test_a_test_image_whose_picture_of_clothes_is_damaged_is_damaged(mini, tmp_path):
@@ -418,10 +421,122 @@ def test_a_test_image_whose_picture_of_clothes_is_damaged_is_damaged(mini, tmp_p
     [found] = find_indexes(tmp_path)
     query = int(found.select("query")[0])
     found.clothes_picture(query)[0].path.write_bytes(b"")
-    marked, count = without_damaged_tests(found, threads=2)
-    assert count >= 1
-    assert marked.damaged[query] == 1
-    assert len(marked.select("query", "gallery")) == len(found.select("query", "gallery")) - count
+    config = TrainConfig(model=SMALL, data=str(tmp_path), tasks=("ctcc", "li"), allow_missing=True)
+    [marked], missing = usable([found], config)
+    assert missing["cocas"] >= 1
+    rows = {task.name: index.select("query") for task, index, _ in measurable([marked], config)[0]}
+    assert query in rows["li"]  # words ask there
+    assert query not in rows["ctcc"]
+    assert usable([found], config.but(tasks=("li",)))[1] == {}
+    index(tmp_path)
+    with pytest.raises(InputError, match="test image is empty"):
+        measurable([stored(tmp_path, "cocas")], config.but(allow_missing=False, tasks=("ctcc",)))
+    assert measurable([stored(tmp_path, "cocas")], config.but(allow_missing=False, tasks=("li",)))[0]
+
+
+def test_what_was_looked_into_before_a_kill_is_not_looked_into_again(tmp_path, monkeypatch):
+    data = market(tmp_path)
+    monkeypatch.setattr(checking, "BLOCK", 5)
+    looked: list[Path] = []
+
+    def killed(item: Item) -> bytes:
+        if len(looked) == 12:
+            raise KeyboardInterrupt
+        looked.append(item.path)
+        return read(item)
+
+    monkeypatch.setattr(checking, "read", killed)
+    with pytest.raises(KeyboardInterrupt):
+        index(data, threads=1)
+    first = looked[:10]  # two blocks are in the journal
+    looked.clear()
+    monkeypatch.setattr(checking, "read", lambda item: looked.append(item.path) or read(item))
+    index(data, threads=1)
+    assert len(looked) == len(stored(data)) - 10
+    assert not set(first) & set(looked)
+    looked.clear()
+    index_folder(data, threads=1, say=lambda line: None, anew=True)
+    assert len(looked) == len(stored(data))
+
+
+def test_what_changes_while_it_is_indexed_has_changed_since(tmp_path, monkeypatch):
+    data = market(tmp_path)
+    other = sorted((data / MARKET / "bounding_box_train").iterdir())[0]
+
+    def reading(item: Item) -> bytes:
+        other.with_name("0099_c1s1_000001_01.jpg").write_bytes(other.read_bytes())
+        return read(item)
+
+    monkeypatch.setattr(checking, "read", reading)
+    index(data)
+    [found] = find_indexes(data)
+    assert not found.checked  # parsed anew
+    assert len(found.select("train")) == 13
+
+
+def test_one_at_a_time(tmp_path):
+    data = market(tmp_path / "data")
+    index(data)
+    with checking.alone(data / ".index"), pytest.raises(InputError, match="another process writes there"):
+        index(data)
+    (tmp_path / "out" / "market1501.packed").mkdir(parents=True)
+    locked = checking.alone(tmp_path / "out" / "market1501.packed")
+    with locked, pytest.raises(InputError, match="another process writes there"):
+        pack(stored(data), tmp_path / "out")
+    (tmp_path / "out" / "market1501.packed" / "README.txt").write_text("mine")
+    pack(stored(data), tmp_path / "out")
+    assert (tmp_path / "out" / "market1501.packed" / "README.txt").read_text() == "mine"
+    assert recipe.main(["pack", "--data", str(data), "--output", str(data)]) == 2
+
+
+def test_overlap_that_comes_to_light_later(tmp_path, capsys):
+    data = market(tmp_path / "market")
+    query = sorted((data / MARKET / "query").iterdir())[0]
+    train = sorted((data / MARKET / "bounding_box_train").iterdir())[:3]
+    both = cuhk_pedes(tmp_path / "both", {"cam_a/x.jpg": query, **{f"cam_a/{i}.jpg": p for i, p in enumerate(train)}})
+    index(both)
+    index(data)
+    for folder in (both, data):
+        pack_folder(folder, tmp_path / "packed", shard_bytes=1 << 20, say=lambda line: None)
+    said: list[str] = []
+    assert len(find_indexes(tmp_path / "packed", say=said.append)[1].select("overlap")) == 0
+    assert "indexed without market1501, whose test images it may train on" in said[0]
+    assert "1 put aside" in " ".join(index(tmp_path / "packed"))
+    said.clear()
+    assert len(find_indexes(tmp_path / "packed", say=said.append)[1].select("overlap")) == 1
+    assert said == []
+    found = stored(tmp_path / "packed", "cuhk_pedes")
+    assert read(found.item(found.select("overlap")[0])) == query.read_bytes()
+
+
+def test_an_identity_without_an_image_left_gives_its_place_to_another(tmp_path):
+    data = market(tmp_path, train=36)
+    [light] = find_indexes(data)
+    broken = {light.path(row) for row in light.select("train") if light.pid[row] == 3}
+    for file in broken:
+        file.write_bytes(b"no picture")
+    sampler = Sampler(make_streams([light], ("trad",)), seed=0, ids=4, images_per_id=2)
+    met: list[Path] = []
+    loader = TrainLoader(
+        sampler,
+        TrainConfig(model=SMALL, data=str(data)),
+        build_tokenizer(iter(["a person"])),
+        torch.device("cpu"),
+        rank=0,
+        start=0,
+        quarantine=lambda path, reason, step: met.append(path),
+    )
+    drawn = 0
+    for step in range(30):
+        batch, sample = loader.next()
+        drawn += 2 in sampler.sample(step).labels
+        assert not broken & {light.path(row) for row in sample.rows}
+        assert (light.pid[sample.rows] == sample.labels + 1).all()
+        assert torch.equal(batch.labels, torch.from_numpy(sample.labels))
+        assert len(set(sample.labels.tolist())) == 4
+    assert drawn > 3
+    assert set(met) == broken
+    assert len(met) == 3
 
 
 def test_reasons_reach_whoever_trains(tmp_path):

@@ -340,7 +340,7 @@ def test_recipe_index_and_describe(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "market1501: 5 images, 5 damaged, " in said  # their content is none
     assert f"{data}/Market-1501-v15.09.15/bounding_box_test/" in said
-    assert sorted(os.listdir(data / ".index")) == ["cuhk_pedes.arrow", "market1501.arrow", "quarantine.jsonl"]
+    assert sorted(os.listdir(data / ".index")) == [".lock", "cuhk_pedes.arrow", "market1501.arrow", "quarantine.jsonl"]
     assert recipe.main(["describe", "--data", str(data)]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["market1501", "gallery", "2", "15,913*", "2", "2", "2", "-", "-"] in table

@@ -123,8 +123,9 @@ def damaged(picture: bytes, how: str) -> bytes:
     }[how]
 
 
-def test_damaged_files_never_harm_the_batches_after_them(files, tmp_path):
-    """DALI's threads are at work when they are met: 100 batches of 24 pictures, a damaged one in every third."""
+@pytest.mark.parametrize("decoder", ["threads", "dali"])
+def test_damaged_files_never_harm_the_batches_after_them(files, tmp_path, decoder):
+    """The decoder's threads are at work when they are met: 100 batches of 24 pictures, a damaged one in every third."""
     how = ["truncated", "empty", "text", "half", "data missing", "cut within a marker", "no size", "huge", "code table"]
     for number, name in enumerate(how):
         (tmp_path / f"{number}.jpg").write_bytes(damaged(files[0].read_bytes(), name))
@@ -135,29 +136,32 @@ def test_damaged_files_never_harm_the_batches_after_them(files, tmp_path):
             paths[number % 24] = tmp_path / f"{number // 3 % len(how)}.jpg"
         return paths
 
-    pipeline = PicturePipeline(lambda number: plain(batch(number)), size=SIZE, batch=24, augment=False, device=CPU)
+    pipeline = PicturePipeline(
+        lambda number: plain(batch(number)), size=SIZE, batch=24, augment=False, device=CPU, decoder=decoder
+    )
     for number in range(100):
         if number % 3 == 1:
             with pytest.raises(DecodeError) as caught:
                 pipeline.next()
             assert list(caught.value.reasons) == [batch(number)[number % 24]]
         else:
-            assert torch.equal(pipeline.next(), run(plain(batch(number)), augment=False))
+            assert torch.equal(pipeline.next(), run(plain(batch(number)), augment=False, decoder=decoder))
 
 
+@pytest.mark.parametrize("decoder", ["threads", "dali"])
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "half", "missing"])
-def test_a_damaged_file_is_named_and_costs_its_batch_only(files, tmp_path, damage):
+def test_a_damaged_file_is_named_and_costs_its_batch_only(files, tmp_path, damage, decoder):
     bad = tmp_path / "bad.jpg"
     if damage != "missing":
         bad.write_bytes(damaged(files[0].read_bytes(), damage))
     batches = [files[:4], [files[0], bad, files[2], files[3]], files[4:], files[:4], files[:4]]
     pipeline = PicturePipeline(
-        lambda number: plain(batches[min(number, 4)]), size=SIZE, batch=4, augment=False, device=CPU
+        lambda number: plain(batches[min(number, 4)]), size=SIZE, batch=4, augment=False, device=CPU, decoder=decoder
     )
     first = pipeline.next()
     with pytest.raises(DecodeError) as caught:
         pipeline.next()
     assert list(caught.value.reasons) == [bad]
-    assert torch.equal(pipeline.next(), run(plain(files[4:]), augment=False))
+    assert torch.equal(pipeline.next(), run(plain(files[4:]), augment=False, decoder=decoder))
     assert torch.equal(pipeline.next(), first)
     assert torch.equal(pipeline.again(plain(files[:4])), first)

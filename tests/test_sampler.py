@@ -399,11 +399,23 @@ def test_a_short_stream_shrinks_the_batch_and_says_so():
 def test_a_replacement_is_another_image_of_the_identity():
     one = sampler([stream(24)])
     row = int(one.sample(7).rows[5])
-    chosen = {one.replacement(7, 5, row, attempt) for attempt in range(20)}
-    assert row not in chosen
-    assert len(chosen) > 1
-    assert {item // 100 for item in chosen} == {row // 100}
-    assert one.replacement(7, 5, row, 0) == one.replacement(7, 5, row, 0)
+    chosen = one.replacements(7, 5, row)
+    start, stop = one.streams[0].starts[row // 100 : row // 100 + 2]
+    assert sorted([*chosen, row]) == one.streams[0].rows[start:stop].tolist()  # every one is tried
+    assert chosen == one.replacements(7, 5, row)
+    assert len({tuple(one.replacements(step, 5, row)) for step in range(20)}) > 1
+    assert one.label(one.streams[0], row) == row // 100
+
+
+def test_strangers_are_of_identities_that_the_batch_does_not_hold():
+    one = sampler([stream(24)])
+    present = set(one.sample(7).labels.tolist())
+    found = [[row // 100 for row in one.strangers(7, slot, int(one.sample(7).rows[slot]))] for slot in range(64)]
+    assert all(labels and not present & set(labels) for labels in found)
+    assert all(found[slot] == found[slot // 4 * 4] for slot in range(64))  # one for all images of an identity
+    assert len({labels[0] for labels in found}) > 2
+    assert len({row % 100 for slot in range(4) for row in one.strangers(7, slot, 0)}) == 4
+    assert not list(sampler([stream(16)]).strangers(7, 0, 0))
 
 
 def test_augmentation_is_as_stated():
@@ -476,7 +488,7 @@ def test_streams_group_images_by_identity_and_modality(images, in_order):
     assert vi.rows.dtype == np.int32
     people = sorted({pid for pid, _, _ in wanted})
     assert vi.identities == len(vi.middles) == len(people)
-    one = Sampler.__new__(Sampler)  # of which `replacement` needs no more than this
+    one = Sampler.__new__(Sampler)  # of which `replacements` needs no more than this
     one.seed, one.locate = 3, lambda step: (vi, step)
     for label, who in enumerate(people):
         start, middle, stop = vi.starts[label], vi.middles[label], vi.starts[label + 1]
@@ -484,7 +496,7 @@ def test_streams_group_images_by_identity_and_modality(images, in_order):
         assert modality[vi.rows[start:stop]].tolist() == [0] * (middle - start) + [1] * (stop - middle)
         for row in vi.rows[start:stop].tolist():
             others = {*vi.rows[start:stop].tolist()} - {row}
-            assert one.replacement(0, 0, row, 0) in (others or {row})
+            assert set(one.replacements(0, 0, row)) == others
 
 
 def test_streams_of_the_drawn_data(mini):

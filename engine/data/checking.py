@@ -5,13 +5,14 @@ change are those of the stored index.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine.data.files import Damaged, Item, decode, read
-from engine.data.index import CHECKED, PACKED, SCHEMA, TESTED, Index, build_index, find_roots, stored_index
+from engine.data.index import CHECKED, INDEX, PACKED, SCHEMA, Index, build_index, find_roots, stored_index
 from engine.data.record import SPLITS
 from engine.errors import InputError
 from engine.progress import Progress
@@ -47,41 +48,51 @@ class Checks(NamedTuple):
     reason: str = ""
 
 
-def index_folder(data: Path, *, threads: int, say: Callable[[str], None]) -> None:
+def index_folder(data: Path, *, threads: int, say: Callable[[str], None], anew: bool = False) -> None:
     """Write the index of every data set below `data`, and DATA/.index/quarantine.jsonl, which names what is damaged.
-    InputError where a folder is malformed, or the index cannot be written."""
+    anew: look into every image again. InputError where a folder is malformed, the index cannot be written, or another
+    process writes it."""
     if threads < 1:
         raise InputError(f"--workers {threads}: expected at least 1")
+    find_roots(data)
+    folder = data / ".index"
+    with _writing(folder):
+        folder.mkdir(exist_ok=True)
+        with alone(folder):
+            _index_folder(data, threads, say, anew)
+
+
+def _index_folder(data: Path, threads: int, say: Callable[[str], None], anew: bool) -> None:
     damaged: dict[Path, str] = {}
     checked: dict[str, Index] = {}
     for dataset, root in find_roots(data):
         if root.name.endswith(PACKED):
-            checked[dataset.name] = Index.open_packed(dataset, root)
-            say(f"{dataset.name}: packed, and so indexed, in {root}")
+            index = Index.open_packed(dataset, root)
+            index, aside = _put_aside(index, checked)
+            if aside:
+                index.save(root / INDEX)
+            checked[dataset.name] = index
+            say(f"{dataset.name}: packed, and so indexed{aside}, in {root}")
             continue
         began, file = time.monotonic(), stored_index(data, dataset)
         with _writing(file):
             built = build_index(dataset, root)
             progress = Progress(dataset.name, len(built), unit="image")
-            index = check(built, file, Index.mapped(dataset, root, file), threads=threads, progress=progress.update)
+            if anew:
+                forget(file)
+            known = None if anew else Index.mapped(dataset, root, file)
+            index = check(built, file, known, threads=threads, progress=progress.update)
             progress.close()
-            others = [checked[name] for name in dataset.overlaps if name in checked]
-            twice = overlap(index, others)
-            codes = index.split.copy()
-            codes[twice] = SPLITS.index("overlap")
-            index = index.with_column("split", codes)
+            index, aside = _put_aside(index, checked)
             index.save(file)
             forget(file)
         checked[dataset.name] = index
         reasons = index.reasons()
         damaged |= reasons
-        aside = f", {len(twice):,} put aside as test images of {_names(others)}" if others else ""
         say(
             f"{dataset.name}: {len(index):,} images, {len(reasons):,} damaged{aside}, "
             f"{time.monotonic() - began:.1f} s -> {file}"
         )
-        if missing := [name for name in dataset.overlaps if name not in checked]:
-            say(f"{dataset.name}: test images of {', '.join(missing)} among those that train are not known")
     list_file = data / ".index" / "quarantine.jsonl"
     with _writing(list_file), whole_file(list_file) as lines:
         for path, reason in damaged.items():
@@ -92,8 +103,32 @@ def index_folder(data: Path, *, threads: int, say: Callable[[str], None]) -> Non
         say(f"{len(damaged):,} damaged: {list_file} names them; no training uses them, and a test does not begin")
 
 
-def _names(indexes: Sequence[Index]) -> str:
-    return ", ".join(index.dataset.title for index in indexes)
+def _put_aside(index: Index, checked: Mapping[str, Index]) -> tuple[Index, str]:
+    """The index with training images in split "overlap" that are test images of data sets that were looked into before
+    it, and what there is to say about it."""
+    wanted = index.dataset.overlaps
+    others = [checked[name] for name in wanted if name in checked]
+    missing = [name for name in wanted if name not in checked]
+    unknown = f" (which are test images of {', '.join(missing)} is not known)" if missing else ""
+    if not others:
+        return index, unknown
+    twice = overlap(index, others)
+    codes = index.split.copy()
+    codes[twice] = SPLITS.index("overlap")
+    titles = ", ".join(other.dataset.title for other in others)
+    marked = index.with_column("split", codes).with_facts(overlaps=json.dumps([other.name for other in others]))
+    return marked, f", {len(twice):,} put aside as test images of {titles}{unknown}"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time; InputError where another one is at it."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process writes there; wait for it") from None
+        yield
 
 
 @contextmanager
@@ -158,18 +193,15 @@ def forget(file: Path) -> None:
     shutil.rmtree(_journal(file), ignore_errors=True)
 
 
-def without_damaged_tests(index: Index, *, threads: int) -> tuple[Index, int]:
-    """The index with the test images marked that are damaged now or whose picture of clothes is, and how many."""
-    rows = np.flatnonzero(np.isin(index.split, [SPLITS.index(split) for split in TESTED]))
-    pictures = index.table["picture"].to_numpy()[rows]
+def without_damaged_tests(index: Index, *, threads: int) -> Index:
+    """The index with the test images, and the pictures of clothes that instruct them, marked that are damaged now."""
+    rows, pictures = index.tested(pictures=True)
     looked = np.union1d(rows, pictures[pictures >= 0]).tolist()
     with ThreadPoolExecutor(threads) as pool:
         found = _parallel(pool, lambda i: look_into(index.item(looked[i]), Checks(0, -1)), len(looked))
     damaged = index.damaged.copy()
     damaged[looked] = [checks.damaged for checks in found]
-    damaged[rows[pictures >= 0]] |= damaged[pictures[pictures >= 0]]
-    marked = index.with_column("damaged", damaged)
-    return marked, int(np.count_nonzero(damaged[rows]))
+    return index.with_column("damaged", damaged)
 
 
 def overlap(index: Index, others: Sequence[Index]) -> np.ndarray:
@@ -180,12 +212,15 @@ def overlap(index: Index, others: Sequence[Index]) -> np.ndarray:
     pixels = index.table["pixels"].to_numpy()[rows]
     names = [Path(path).name.lower() for path in index.table["path"].take(rows).to_pylist()]
     for other in others:
-        test = other.select("query", "gallery", "test")
+        test = other.tested(pictures=False)[0]  # a damaged one is a test image, too: its name tells
         found |= (pixels >= 0) & np.isin(pixels, other.table["pixels"].to_numpy()[test])
         known = {Path(path).name.lower() for path in other.table["path"].take(test).to_pylist()}
         # one folder's name: where the image was taken from
         sources = [Path(path).parent.name.lower() for path in index.table["path"].take(rows).to_pylist()]
-        alike = [name in known and other.name.startswith(source) for name, source in zip(names, sources, strict=True)]
+        alike = [
+            name in known and len(source) > 3 and other.name.startswith(source)
+            for name, source in zip(names, sources, strict=True)
+        ]
         found |= np.array(alike, dtype=bool)
     return rows[found]
 

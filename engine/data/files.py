@@ -6,9 +6,11 @@ who reads decides what that costs.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
+import resource
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.errors import InputError
+
 MOST_PIXELS = 89_478_485  # Pillow's own limit; a damaged header may ask for 17 GB
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000")
 
 
@@ -45,6 +50,10 @@ def read(item: Item) -> bytes:
         else:
             content = os.pread(_descriptor(item.shard), item.size, item.offset)
     except OSError as error:
+        if error.errno in EXHAUSTED:  # the machine's fault, not the file's
+            raise InputError(
+                f"{item.shard or item.path}: {error.strerror}; raise the limit, or end other work"
+            ) from None
         raise Damaged(f"cannot be read ({error.strerror or error})") from None
     if not content:
         raise Damaged("is empty")
@@ -70,8 +79,10 @@ def decode(content: bytes) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB").convert("RGBX"))
     except Image.UnidentifiedImageError:
         raise Damaged("is no picture") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise Damaged(f"cannot be decoded ({error})") from None
+    except Damaged:
+        raise
+    except Exception as error:  # of many kinds: Pillow's readers of rare formats trust what they read
+        raise Damaged(f"cannot be decoded ({error or type(error).__name__})") from None
 
 
 def picture(item: Item) -> Image.Image:
@@ -82,4 +93,7 @@ def picture(item: Item) -> Image.Image:
 @functools.cache
 def _descriptor(shard: Path) -> int:
     """An open shard: opened once, read by all threads at positions of their own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return os.open(shard, os.O_RDONLY | os.O_CLOEXEC)

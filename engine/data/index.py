@@ -75,7 +75,8 @@ class Index:
     used): numpy views of the Arrow buffers. checked: whether the images were looked into.
     """
 
-    def __init__(self, dataset: DataSet, root: Path, table: pa.Table):
+    def __init__(self, dataset: DataSet, root: Path, table: pa.Table, fingerprint: str = ""):
+        self.fingerprint = fingerprint  # of the folder before it was parsed
         self.dataset, self.name, self.root, self.table = dataset, dataset.name, root, table
         self.pid = self._column("pid")
         self.camera = self._column("camera")
@@ -139,11 +140,16 @@ class Index:
             rows = rows[np.isin(self.split[rows], [SPLITS.index(split) for split in splits])]
         return {self.path(row): self.table["reason"][row].as_py() for row in rows.tolist()}
 
-    def test_damage(self) -> dict[Path, str]:
-        """Path -> why, in words, of the damaged test images and pictures that instruct them."""
+    def tested(self, pictures: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the test images, damaged or not, and those of the pictures that instruct them (-1: none, or not
+        asked for)."""
         rows = np.flatnonzero(np.isin(self.split, [SPLITS.index(split) for split in TESTED]))
-        pictures = self.table["picture"].to_numpy()[rows]
-        rows = np.union1d(rows, pictures[pictures >= 0])
+        return rows, self.table["picture"].to_numpy()[rows] if pictures else np.full(len(rows), -1)
+
+    def test_damage(self, pictures: bool) -> dict[Path, str]:
+        """Path -> why, in words, of the damaged test images and, where asked for, pictures that instruct them."""
+        rows, instructing = self.tested(pictures)
+        rows = np.union1d(rows, instructing[instructing >= 0])
         return {self.path(row): self.table["reason"][row].as_py() for row in rows[self.damaged[rows] != 0].tolist()}
 
     def with_checks(self, columns: pa.Table) -> Index:
@@ -151,20 +157,29 @@ class Index:
         table = self.table
         for name in CHECKED:
             table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), columns[name])
-        return Index(self.dataset, self.root, table.replace_schema_metadata({**_metadata(table), "checked": "1"}))
+        metadata = {**_metadata(table), "checked": "1"}
+        return Index(self.dataset, self.root, table.replace_schema_metadata(metadata), self.fingerprint)
 
     def with_column(self, name: str, values: np.ndarray) -> Index:
         """The same records with other values [R] in one column."""
         at = SCHEMA.get_field_index(name)
-        return Index(self.dataset, self.root, self.table.set_column(at, SCHEMA.field(at), pa.array(values)))
+        table = self.table.set_column(at, SCHEMA.field(at), pa.array(values))
+        return Index(self.dataset, self.root, table, self.fingerprint)
 
-    def save(self, file: Path, **metadata: str) -> None:
+    def with_facts(self, **facts: str) -> Index:
+        """The same records, about which this is stored as well."""
+        table = self.table.replace_schema_metadata(
+            {**_metadata(self.table), "checked": str(int(self.checked)), **facts}
+        )
+        return Index(self.dataset, self.root, table, self.fingerprint)
+
+    def save(self, file: Path) -> None:
         """Write the columns as an uncompressed Arrow file (memory-mappable), atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + f".part{os.getpid()}")
-        stored = {"format": str(FORMAT), "checked": str(int(self.checked)), **metadata}
-        if not metadata:
-            stored["fingerprint"] = _fingerprint(self.dataset, self.root)
+        stored = {**_metadata(self.table), "format": str(FORMAT), "checked": str(int(self.checked))}
+        if "shards" not in stored:
+            stored["fingerprint"] = self.fingerprint or _fingerprint(self.dataset, self.root)
         table = self.table.replace_schema_metadata(stored)
         try:
             with part.open("wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -213,13 +228,14 @@ class Index:
 
 def build_index(dataset: DataSet, root: Path) -> Index:
     """Parse one data set's folder (no image is decoded). InputError where the tree is malformed or holds no image."""
+    fingerprint = _fingerprint(dataset, root)  # before: what changes while it is parsed has changed since
     try:
         table = _to_table(records(dataset, root))
     except UnicodeEncodeError as error:
         raise InputError(f"{root}: the name {error.object!r:.200} is not UTF-8; rename it") from None
     if not len(table):
         raise InputError(f"{dataset.title}: no image found in {root}; expected the layout its authors distribute")
-    return Index(dataset, root, table)
+    return Index(dataset, root, table, fingerprint)
 
 
 def find_indexes(
@@ -246,6 +262,15 @@ def find_indexes(
             if keep is not None:
                 index = _kept(index, keep / f"{dataset.name}.arrow")
         indexes.append(index)
+    names_found = {index.name for index in indexes}
+    for index in indexes:
+        known = json.loads(_metadata(index.table).get("overlaps", "[]"))
+        late = [name for name in index.dataset.overlaps if name in names_found and name not in known]
+        if late and index.checked and say:
+            say(
+                f"{index.name}: indexed without {', '.join(late)}, whose test images it may train on; "
+                f"python recipes/data.py index --data {data} puts them aside"
+            )
     if parsed and say:
         say(
             f"parsed {', '.join(parsed)} in {time.monotonic() - began:.1f} s, without looking into the images; "

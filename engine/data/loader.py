@@ -19,7 +19,6 @@ from engine.errors import InputError
 from engine.instructions import SENTENCES
 from engine.model.instruction import tokenize
 
-ATTEMPTS = 5  # replacements tried for one damaged image before the run stops
 MOST_DAMAGED = 0.05  # share of the images drawn above which a run stops
 
 
@@ -67,8 +66,9 @@ class TrainLoader:
             )
 
     def next(self) -> tuple[Batch, Sample]:
-        """A damaged file costs its record only: another of the same identity takes its place with its own image and
-        instruction, chosen by a pure function, whether the damage was known before or is found now."""
+        """A damaged file costs its record only: another of the same identity (of another one, where it has none left)
+        takes its place with its own image and instruction, chosen by a pure function, whether the damage was known
+        before or is found now."""
         micro_step, self.micro_step = self.micro_step, self.micro_step + 1
         self.drawn += len(self.sampler.sample(micro_step, self.rank).rows)
         stream = self.sampler.locate(micro_step)[0]
@@ -129,15 +129,21 @@ class TrainLoader:
             np.array([substitutes.get(row, row) for row in part.tolist()], dtype=np.int64)
             for part in (sample.rows, sample.instruction_rows)
         )
-        return sample._replace(rows=rows, instruction_rows=instruction_rows), False
+        labels = [
+            self.sampler.label(sample.stream, row) if row != own else label
+            for row, own, label in zip(rows.tolist(), sample.rows.tolist(), sample.labels.tolist(), strict=True)
+        ]
+        named = np.array(labels, dtype=np.int64)
+        return sample._replace(rows=rows, labels=named, instruction_rows=instruction_rows), False
 
     def _substitute(self, sample: Sample, micro_step: int, slot: int, row: int, instructs: bool) -> int:
-        for attempt in range(ATTEMPTS):
-            other = self.sampler.replacement(micro_step, slot, row, attempt)
-            if not self._is_damaged(sample, other, instructs):
-                return other
+        """Of the same identity as long as it has an image that is not damaged, else of one that is not in the batch."""
+        for others in (self.sampler.replacements, self.sampler.strangers):
+            for other in others(micro_step, slot, row):
+                if not self._is_damaged(sample, other, instructs):
+                    return other
         raise InputError(
-            f"{sample.stream.index.path(row)}: damaged, and so are other images of that identity; repair them"
+            f"{sample.stream.index.path(row)}: damaged, and so are all that could take its place; repair the data set"
         )
 
     def _is_damaged(self, sample: Sample, row: int, instructs: bool) -> bool:

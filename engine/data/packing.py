@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import tarfile
 import time
 import zlib
@@ -23,13 +25,16 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from engine.data.checking import alone
 from engine.data.files import Damaged, read
 from engine.data.index import INDEX, PACKED, PLACED, SCHEMA, Index, find_index, find_roots
 from engine.errors import InputError
 from engine.progress import Progress
 
+DRAWN = "mini.json"  # of the drawn data
 SHARD = 1 << 30  # bytes after which a shard ends
 BLOCK = 512  # of the tar format
+OURS = re.compile(r"\d{5}-[0-9a-f]{16}\.(tar|part\d+)|index\.arrow\.part\d+")
 
 
 class Shard(NamedTuple):
@@ -47,6 +52,8 @@ def pack_folder(
     """Pack every indexed data set below `data`, or those named. InputError where one is not indexed."""
     if shard_bytes < 1 << 20:
         raise InputError(f"--shard-mb {shard_bytes >> 20}: expected at least 1")
+    if output.resolve() == data.resolve():
+        raise InputError(f"--output {output}: is --data itself; choose another folder")
     for dataset, root in find_roots(data, names):
         if root.name.endswith(PACKED):
             say(f"{dataset.name}: packed already, in {root}")
@@ -63,6 +70,8 @@ def pack_folder(
             why = f"cannot be written ({error.strerror or error}); free space, or get the right to write there"
             raise InputError(f"{error.filename or output}: {why}") from error
         progress.close()
+        if (data / DRAWN).is_file():  # no one shall take drawn people for real ones
+            shutil.copy(data / DRAWN, output / DRAWN)
         say(f"{dataset.name}: {len(index):,} images, {time.monotonic() - began:.1f} s -> {folder}")
 
 
@@ -76,6 +85,11 @@ def pack(
         raise InputError(f"{index.root}: not indexed; run recipes/data.py index first, which looks into every image")
     folder = output / f"{index.name}{PACKED}"
     folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        return _pack(index, folder, shard_bytes, progress)
+
+
+def _pack(index: Index, folder: Path, shard_bytes: int, progress: Callable[[int], None]) -> Path:
     shards, done = list(_plan(index, shard_bytes)), 0
     for shard in shards:
         file = folder / shard.name
@@ -90,10 +104,10 @@ def pack(
     for name, values in placed.items():
         table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), pa.array(values))
     names, sizes = [shard.name for shard in shards], [shard.size for shard in shards]
-    packed = Index(index.dataset, folder, table.replace_schema_metadata({"checked": "1"}))
-    packed.save(folder / INDEX, shards=json.dumps(names), sizes=json.dumps(sizes))
+    packed = Index(index.dataset, folder, table).with_facts(shards=json.dumps(names), sizes=json.dumps(sizes))
+    packed.save(folder / INDEX)
     for left in folder.iterdir():  # of an earlier, other content, or of a process that was killed
-        if left.name != INDEX and left.name not in names:
+        if left.name not in names and OURS.fullmatch(left.name):
             left.unlink()
     return folder
 
@@ -142,7 +156,7 @@ def _write(index: Index, shard: Shard, file: Path) -> None:
                 try:
                     content = read(item)
                 except Damaged as reason:
-                    raise InputError(f"{item.path}: {reason}; run recipes/data.py index again") from None
+                    raise InputError(f"{item.path}: {reason}; run recipes/data.py index --anew") from None
                 tar.write(_header(index.table["path"][row].as_py(), len(content)))
                 assert tar.tell() == offset
                 tar.write(content)

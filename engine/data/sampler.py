@@ -13,7 +13,7 @@ twice.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
@@ -27,6 +27,7 @@ from engine.errors import InputError
 from engine.tasks import TASKS, Task
 
 ROUNDS = 6
+STRANGERS = 64  # identities that may take the place of one without images
 LONGEST = 1_000_000  # micro-steps of a cycle
 IDENTITIES, IMAGES, ORDER = range(3)  # what a generator is for: keys of independent random sequences
 
@@ -252,16 +253,34 @@ class Sampler:
             _augmentation(augmentation[:, mine], colourless=stream.task.name == "vi"),
         )
 
-    def replacement(self, micro_step: int, slot: int, row: int, attempt: int) -> int:
-        """Another image of the same identity for one that cannot be read; `slot` counts within the global batch."""
-        stream, occurrence = self.locate(micro_step)
+    def label(self, stream: Stream, row: int) -> int:
+        """The stream's label of a record that it trains on."""
         pid, rows = stream.index.pid, stream.rows
-        label = bisect_left(range(stream.identities), pid[row], key=lambda label: pid[rows[stream.starts[label]]])
-        rows = rows[stream.starts[label] : stream.starts[label + 1]]
-        others = rows[rows != row]
-        if not len(others):
-            return row
-        return int(_generator(self.seed, IMAGES, stream.number, occurrence, slot + 1, attempt + 1).choice(others))
+        return bisect_left(range(stream.identities), pid[row], key=lambda label: pid[rows[stream.starts[label]]])
+
+    def replacements(self, micro_step: int, slot: int, row: int) -> list[int]:
+        """The other images of the same identity, for one that cannot be used, in the order in which they are to be
+        tried; `slot` counts within the global batch."""
+        stream, occurrence = self.locate(micro_step)
+        label = self.label(stream, row)
+        rows = stream.rows[stream.starts[label] : stream.starts[label + 1]]
+        return (
+            _generator(self.seed, IMAGES, stream.number, occurrence, slot + 1, 0)
+            .permutation(rows[rows != row])
+            .tolist()
+        )
+
+    def strangers(self, micro_step: int, slot: int, row: int) -> Iterator[int]:
+        """Images of identities that the global batch does not hold, one of each, for where an identity has no image
+        left: few, and the same identity for all images of one."""
+        stream, occurrence = self.locate(micro_step)
+        K = self.batches[stream.number][1]
+        present = set(self.identities(stream, occurrence).tolist())
+        generator = _generator(self.seed, IDENTITIES, stream.number, occurrence, slot // K + 1, 1)
+        for label in generator.integers(stream.identities, size=STRANGERS).tolist():
+            own = stream.rows[stream.starts[label] : stream.starts[label + 1]]
+            if label not in present:
+                yield int(own[slot % K % len(own)])
 
     def _ordered(self, early: bool, cycle: int) -> NDArray[np.int64]:
         members = self.leaders if early else self.cycle
