@@ -873,7 +873,7 @@ MUTANTS = [
         "checking",
         ("no reading back", "!= crcs[row]:", "!= crcs[row] and False:"),
         ("no padding", "position += length + -(-size // BLOCK) * BLOCK", "position += length + size"),
-        ("left-overs stay", "if left.name != INDEX and left.name not in names:", "if False:"),
+        ("left-overs stay", "if left.name not in names and OURS", "if False and OURS"),
         ("a name for any content", "digest.update(", "hash("),
         ("damaged images are packed", "np.flatnonzero(index.damaged == 0)", "np.flatnonzero(index.damaged >= 0)"),
         ("one shard", "if rows and position + length + size > shard_bytes:", "if False:"),
