@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -66,6 +65,8 @@ def decode(content: bytes) -> NDArray[np.uint8]:
     """[H, W, 4] uint8: red, green, blue and a byte without meaning, whole pixels as Pillow decodes them (chroma
     interpolated). Damaged for what is no picture, or not a whole one."""
     if content[:2] == b"\xff\xd8":
+        import simplejpeg
+
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
             if height * width <= MOST_PIXELS and colours in ("YCbCr", "Gray", "RGB"):
