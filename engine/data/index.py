@@ -178,7 +178,8 @@ class Index:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + f".part{os.getpid()}")
         stored = {**_metadata(self.table), "format": str(FORMAT), "checked": str(int(self.checked))}
-        if "shards" not in stored:
+        stored.pop("fingerprint", None)
+        if "shards" not in stored:  # a packed data set has no folder that may change
             stored["fingerprint"] = self.fingerprint or _fingerprint(self.dataset, self.root)
         table = self.table.replace_schema_metadata(stored)
         try:
