@@ -119,7 +119,7 @@ def test_triplet_memory_grows_with_samples_not_with_their_square():
 import torch
 from bench import measure, triplet
 case = triplet.case_of(8192, torch.device("cpu"))
-peaks = [measure.peak_bytes(lambda: triplet.with_gradient(triplet.ours, case), torch.device("cpu")) for _ in range(3)]
+peaks = [measure.peak_bytes(lambda: triplet.with_gradient(triplet.ours, case), torch.device("cpu")) for _ in range(2)]
 print(min(peaks))  # what the system does with a process's pages meanwhile is counted, too
 """
     done = subprocess.run(

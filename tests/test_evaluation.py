@@ -49,6 +49,7 @@ def untrained(mini, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("evaluation")
 def test_metrics_do_not_depend_on_the_number_of_ranks(untrained, mini, tmp_path):
     """The whole file: sentences, clothes pictures, descriptions and re-scored texts, over blocks with a short tail."""
