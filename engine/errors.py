@@ -15,13 +15,15 @@ class InputError(ValueError):
 
 
 @contextmanager
-def writing(path: str | Path, *others: type[Exception]) -> Iterator[None]:
+def writing(
+    path: str | Path, *others: type[Exception], mend: str = "free space or choose another --output"
+) -> Iterator[None]:
     """What cannot be written below `path` (no right, no space) becomes an InputError that names it. others: what a
-    library raises in place of OSError."""
+    library raises in place of OSError; mend: what to do about it."""
     try:
         yield
     except (OSError, *others) as error:  # type: ignore[misc]
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         file = getattr(error, "filename", None)
         what = f"cannot write {file} ({reason})" if file else f"cannot write there ({reason})"
-        raise InputError(f"{path}: {what}; free space or choose another --output") from error
+        raise InputError(f"{path}: {what}; {mend}") from error

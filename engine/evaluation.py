@@ -544,7 +544,6 @@ class Evaluation:
             return
 
         def source(number: int) -> Pictures:
-            number = min(number, len(items) - 1)  # reading ahead past the end repeats the last batch
             return plain(items[number], None if boxes is None else boxes[number])
 
         pipeline = PicturePipeline(
@@ -554,6 +553,7 @@ class Evaluation:
             augment=False,
             device=self.runtime.device,
             threads=self.config.workers,
+            batches=len(items),
         )
         for _ in items:
             try:

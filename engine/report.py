@@ -174,8 +174,9 @@ def _instruction(run: Evaluation, sentences: list[str]) -> Instruction:
 def _pictures(
     run: Evaluation, items: Sequence[Item], size: tuple[int, int], boxes: Sequence[Box] | None = None
 ) -> Tensor:
-    pictures, batch = plain(items, boxes), len(items)
-    return PicturePipeline(lambda _: pictures, size=size, batch=batch, augment=False, device=_device(run)).next()
+    pictures, count = plain(items, boxes), len(items)
+    device = _device(run)
+    return PicturePipeline(lambda _: pictures, size=size, batch=count, augment=False, device=device, batches=1).next()
 
 
 def _device(run: Evaluation) -> torch.device:

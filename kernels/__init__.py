@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         gated_attention_packed_reference,
         gated_attention_reference,
     )
+    from kernels.augment import Normalization, augment, augment_parameters, augment_reference
     from kernels.gallery import Gallery, prepare_gallery
     from kernels.rank import (
         best_per_group,
@@ -32,8 +33,12 @@ __version__ = "0.0.1"
 
 _MODULE = {
     "Gallery": "gallery",
+    "Normalization": "augment",
     "adaptive_triplet": "triplet",
     "adaptive_triplet_reference": "triplet",
+    "augment": "augment",
+    "augment_parameters": "augment",
+    "augment_reference": "augment",
     "best_per_group": "rank",
     "best_per_group_reference": "rank",
     "count_ahead": "rank",
@@ -52,8 +57,12 @@ _MODULE = {
 
 __all__ = [
     "Gallery",
+    "Normalization",
     "adaptive_triplet",
     "adaptive_triplet_reference",
+    "augment",
+    "augment_parameters",
+    "augment_reference",
     "best_per_group",
     "best_per_group_reference",
     "count_ahead",

@@ -67,7 +67,8 @@ def augment_parameters(
 def augment_reference(
     picture: NDArray[np.uint8], how: NDArray[np.float32], mean: Sequence[float], std: Sequence[float], size: tuple
 ) -> Tensor:
-    """The image [3, h, w] float32 by torch's operators, step after step."""
+    """As `augment`, by torch's operators, step after step: the image [3, h, w] float32 of size (h, w). picture [H, W, 3
+    or 4] uint8; how [27] float32; mean, std: of colours in 0..1."""
     (height, width), (h, w) = picture.shape[:2], size
     step = {name: how[AT[name] : AT[name] + count].astype(np.float64) for name, count in FIELDS.items()}
     left, right = _span(step["box"][0], step["box"][2], width)

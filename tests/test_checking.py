@@ -248,7 +248,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert "--shard-mb 0" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert recipe.main(["pack", "--data", str(data), "--output", str(tmp_path / "file")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert f"--output {tmp_path / 'file'}: cannot write " in capsys.readouterr().err
     changed = sorted((data / MARKET / "query").iterdir())[0]
     changed.write_bytes(changed.read_bytes() + b"x")
     assert recipe.main(["pack", "--data", str(data), "--output", str(tmp_path / "out")]) == 2

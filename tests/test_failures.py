@@ -207,7 +207,7 @@ def test_an_index_that_cannot_be_stored_leaves_no_part(mini, tmp_path, monkeypat
     shutil.copytree(mini / "prcc", tmp_path / "prcc")
     monkeypatch.setattr(os, "replace", full)
     assert data.main(["index", "--data", str(tmp_path)]) == 2
-    assert "prcc.arrow: cannot be written (No space left on device); free space" in capsys.readouterr().err
+    assert ".index: cannot write there (No space left on device); free space" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / ".index").rglob("[!.]*")] == ["prcc.journal"]
 
 

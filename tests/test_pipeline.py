@@ -107,6 +107,20 @@ def test_batches_keep_their_own_memory_and_order(files):
         assert torch.equal(image[0], want[number % 8])
 
 
+@pytest.mark.parametrize("decoder", ["threads", "dali"])
+def test_nothing_is_asked_for_past_the_end(files, decoder):
+    asked = []
+    pipeline = PicturePipeline(
+        lambda number: asked.append(number) or plain([files[number]]), size=SIZE, batch=1, augment=False, device=CPU,
+        start=1, batches=4, decoder=decoder,
+    )  # fmt: skip
+    got = [pipeline.next() for _ in range(3)]
+    assert torch.equal(torch.cat(got), run(plain(files[1:4]), augment=False, decoder=decoder))
+    assert set(asked) == {1, 2, 3}
+    if decoder == "threads":
+        assert len(asked) == 3
+
+
 def damaged(picture: bytes, how: str) -> bytes:
     """What a disk or a broken download makes of a JPEG file."""
     size, table, data = (picture.index(bytes([255, marker])) for marker in (0xC0, 0xC4, 0xDA))

@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.data.datasets._base import DataSet
 from engine.data.files import Damaged, Item, decode, read
 from engine.data.index import CHECKED, INDEX, PACKED, SCHEMA, Index, build_index, find_roots, stored_index
 from engine.data.record import SPLITS
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.progress import Progress
 from engine.results import whole_file
 
@@ -54,38 +55,39 @@ def index_folder(data: Path, *, threads: int, say: Callable[[str], None], anew: 
     process writes it."""
     if threads < 1:
         raise InputError(f"--workers {threads}: expected at least 1")
-    find_roots(data)
-    folder = data / ".index"
-    with _writing(folder):
+    roots, folder = find_roots(data), data / ".index"
+    with writing(folder, mend="free space, or get the right to write there"):
         folder.mkdir(exist_ok=True)
         with alone(folder):
-            _index_folder(data, threads, say, anew)
+            _index_folder(data, roots, threads, say, anew)
 
 
-def _index_folder(data: Path, threads: int, say: Callable[[str], None], anew: bool) -> None:
+def _index_folder(
+    data: Path, roots: Sequence[tuple[DataSet, Path]], threads: int, say: Callable[[str], None], anew: bool
+) -> None:
     damaged: dict[Path, str] = {}
     checked: dict[str, Index] = {}
-    for dataset, root in find_roots(data):
+    for dataset, root in roots:
         if root.name.endswith(PACKED):
-            index = Index.open_packed(dataset, root)
-            index, aside = _put_aside(index, checked)
-            if aside:
+            opened = Index.open_packed(dataset, root)
+            index, aside = _put_aside(opened, checked)
+            if index is not opened:
                 index.save(root / INDEX)
             checked[dataset.name] = index
+            damaged |= index.reasons()
             say(f"{dataset.name}: packed, and so indexed{aside}, in {root}")
             continue
         began, file = time.monotonic(), stored_index(data, dataset)
-        with _writing(file):
-            built = build_index(dataset, root)
-            progress = Progress(dataset.name, len(built), unit="image")
-            if anew:
-                forget(file)
-            known = None if anew else Index.mapped(dataset, root, file)
-            index = check(built, file, known, threads=threads, progress=progress.update)
-            progress.close()
-            index, aside = _put_aside(index, checked)
-            index.save(file)
+        built = build_index(dataset, root)
+        progress = Progress(dataset.name, len(built), unit="image")
+        if anew:
             forget(file)
+        known = None if anew else Index.mapped(dataset, root, file)
+        index = check(built, file, known, threads=threads, progress=progress.update)
+        progress.close()
+        index, aside = _put_aside(index, checked)
+        index.save(file)
+        forget(file)
         checked[dataset.name] = index
         reasons = index.reasons()
         damaged |= reasons
@@ -94,7 +96,7 @@ def _index_folder(data: Path, threads: int, say: Callable[[str], None], anew: bo
             f"{time.monotonic() - began:.1f} s -> {file}"
         )
     list_file = data / ".index" / "quarantine.jsonl"
-    with _writing(list_file), whole_file(list_file) as lines:
+    with whole_file(list_file) as lines:
         for path, reason in damaged.items():
             lines.write(json.dumps({"path": str(path), "reason": reason}) + "\n")
     for path, reason in list(damaged.items())[:SHOWN]:
@@ -116,8 +118,10 @@ def _put_aside(index: Index, checked: Mapping[str, Index]) -> tuple[Index, str]:
     codes = index.split.copy()
     codes[twice] = SPLITS.index("overlap")
     titles = ", ".join(other.dataset.title for other in others)
-    marked = index.with_column("split", codes).with_facts(overlaps=json.dumps([other.name for other in others]))
-    return marked, f", {len(twice):,} put aside as test images of {titles}{unknown}"
+    known = sorted({*index.known_overlaps, *(other.name for other in others)})
+    if len(twice) or known != index.known_overlaps:
+        index = index.with_column("split", codes).with_facts(overlaps=json.dumps(known))
+    return index, f", {len(twice):,} put aside as test images of {titles}{unknown}"
 
 
 @contextmanager
@@ -129,15 +133,6 @@ def alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"{folder}: another process writes there; wait for it") from None
         yield
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"cannot be written ({error.strerror or error}); free space, or get the right to write there"
-        raise InputError(f"{path}: {why}") from error
 
 
 def check(
@@ -210,16 +205,14 @@ def overlap(index: Index, others: Sequence[Index]) -> np.ndarray:
     rows = index.select("train")
     found = np.zeros(len(rows), dtype=bool)
     pixels = index.table["pixels"].to_numpy()[rows]
-    names = [Path(path).name.lower() for path in index.table["path"].take(rows).to_pylist()]
+    paths = [Path(path.lower()) for path in index.table["path"].take(rows).to_pylist()]
     for other in others:
         test = other.tested(pictures=False)[0]  # a damaged one is a test image, too: its name tells
         found |= (pixels >= 0) & np.isin(pixels, other.table["pixels"].to_numpy()[test])
         known = {Path(path).name.lower() for path in other.table["path"].take(test).to_pylist()}
-        # one folder's name: where the image was taken from
-        sources = [Path(path).parent.name.lower() for path in index.table["path"].take(rows).to_pylist()]
-        alike = [
-            name in known and len(source) > 3 and other.name.startswith(source)
-            for name, source in zip(names, sources, strict=True)
+        alike = [  # the folder's name says where the image was taken from
+            path.name in known and len(path.parent.name) > 3 and other.name.startswith(path.parent.name)
+            for path in paths
         ]
         found |= np.array(alike, dtype=bool)
     return rows[found]

@@ -72,7 +72,8 @@ class Index:
 
     pid [R] int64, camera [R] int32, clothes [R] int32 (codes of the outfit keys in sorted order; -1 = not annotated),
     modality [R] int8 (index into MODALITIES), split [R] int8 (index into SPLITS), damaged [R] int8 (1 = not to be
-    used): numpy views of the Arrow buffers. checked: whether the images were looked into.
+    used): numpy views of the Arrow buffers. checked: whether the images were looked into; shards: files of a packed
+    data set; known_overlaps: names of data sets whose test images were looked for among the training images.
     """
 
     def __init__(self, dataset: DataSet, root: Path, table: pa.Table, fingerprint: str = ""):
@@ -88,6 +89,7 @@ class Index:
         self._shard, self._offset = self._column("shard"), self._column("offset")
         stored = _metadata(table)
         self.checked = stored.get("checked") == "1"
+        self.known_overlaps: list[str] = json.loads(stored.get("overlaps", "[]"))
         self.shards = [root / name for name in json.loads(stored.get("shards", "[]"))]
 
     def _column(self, name: str) -> np.ndarray:
@@ -265,8 +267,7 @@ def find_indexes(
         indexes.append(index)
     names_found = {index.name for index in indexes}
     for index in indexes:
-        known = json.loads(_metadata(index.table).get("overlaps", "[]"))
-        late = [name for name in index.dataset.overlaps if name in names_found and name not in known]
+        late = [name for name in index.dataset.overlaps if name in names_found and name not in index.known_overlaps]
         if late and index.checked and say:
             say(
                 f"{index.name}: indexed without {', '.join(late)}, whose test images it may train on; "

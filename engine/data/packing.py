@@ -28,7 +28,7 @@ import pyarrow as pa
 from engine.data.checking import alone
 from engine.data.files import Damaged, read
 from engine.data.index import INDEX, PACKED, PLACED, SCHEMA, Index, find_index, find_roots
-from engine.errors import InputError
+from engine.errors import InputError, writing
 from engine.progress import Progress
 
 DRAWN = "mini.json"  # of the drawn data
@@ -64,11 +64,8 @@ def pack_folder(
                 f"{root}: not indexed since it was changed; run python recipes/data.py index --data {data} first"
             )
         progress = Progress(dataset.name, len(index), unit="image")
-        try:
+        with writing(f"--output {output}"):
             folder = pack(index, output, shard_bytes=shard_bytes, progress=progress.update)
-        except OSError as error:
-            why = f"cannot be written ({error.strerror or error}); free space, or get the right to write there"
-            raise InputError(f"{error.filename or output}: {why}") from error
         progress.close()
         if (data / DRAWN).is_file():  # no one shall take drawn people for real ones
             shutil.copy(data / DRAWN, output / DRAWN)
@@ -164,6 +161,7 @@ def _write(index: Index, shard: Shard, file: Path) -> None:
             tar.write(bytes(shard.size - tar.tell()))
             tar.flush()
             os.fsync(tar.fileno())
+            os.posix_fadvise(tar.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is compared comes from the disk
             for row, offset in zip(shard.rows.tolist(), shard.offsets.tolist(), strict=True):
                 size = int(index.table["bytes"][row].as_py())
                 if zlib.crc32(os.pread(tar.fileno(), size, offset)) != crcs[row]:

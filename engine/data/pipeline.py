@@ -6,8 +6,8 @@ normalise):
 
 * DALI, one graph for `cpu` and `mixed` (decoding on a GPU). torch receives the result by DLPack. No
   DALIGenericIterator: it ends an epoch silently after a damaged file.
-* threads that decode with libjpeg-turbo and do all the rest in one pass (kernels.augment): on a CPU several times as
-  fast as DALI's steps (bench/loader.py), so it is what a CPU runs; tests hold it against DALI, pixel by pixel.
+* threads that decode with libjpeg-turbo and do all the rest in one pass (kernels.augment): on a CPU two to four
+  times as fast as DALI's steps (bench/loader.py), so it is what a CPU runs; tests hold it against DALI, pixel by pixel.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kernels.augment import Normalization, augment, augment_parameters
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1
 PADDING = 10  # pixels of the resized image on each side before the random crop
+REACH = PADDING + 0.499  # of a shift; rounded, every whole one up to PADDING is about equally likely
 HUE = 30.0  # degrees that colour jitter of strength 1 turns hues by, at most
 AHEAD = 2  # batches that are being made while one is used
 
@@ -71,6 +72,7 @@ class PicturePipeline:
     augment         whether the augmenting steps are done; colour_jitter: strength 0..1
     device          torch device; a CUDA device decodes there
     threads         that decode
+    batches         how many there are, counted from 0, beyond which nothing is read ahead; None: without end
     decoder         "auto": DALI for a GPU, threads for a CPU; or "dali", "threads" (CPU only)
     """
 
@@ -84,6 +86,7 @@ class PicturePipeline:
         device: torch.device,
         threads: int = 2,
         start: int = 0,
+        batches: int | None = None,
         colour_jitter: float = 0.0,
         decoder: str = "auto",
     ):
@@ -96,9 +99,9 @@ class PicturePipeline:
             "colour_jitter": colour_jitter,
         }
         if decoder == "threads":
-            self.form: _Threads | _Dali = _Threads(source, start, **settings)
+            self.form: _Threads | _Dali = _Threads(source, start, batches, **settings)
         else:
-            self.form = _Dali(source, start, batch=batch, device=device, **settings)
+            self.form = _Dali(source, start, batches, batch=batch, device=device, **settings)
 
     def next(self) -> Tensor:
         """[B, 3, H, W] float32 on the device. DecodeError names what is damaged; the next call goes on behind it."""
@@ -116,12 +119,14 @@ class _Threads:
         self,
         source: Callable[[int], Pictures],
         start: int,
+        batches: int | None,
         *,
         size: tuple[int, int],
         augment: bool,
         threads: int,
         colour_jitter: float,
     ):
+        self.batches = batches
         self.source, self.number, self.size, self.augment = source, start, size, augment
         self.threads, self.colour_jitter = threads, colour_jitter
         self.normalization = Normalization(MEAN, STD)
@@ -131,7 +136,10 @@ class _Threads:
 
     def next(self) -> Tensor:
         while len(self.ahead) <= AHEAD:
-            self.ahead.append(self.pool.submit(self._begin, self.number + len(self.ahead)))
+            number = self.number + len(self.ahead)
+            if self.batches is not None and number >= self.batches:
+                break
+            self.ahead.append(self.pool.submit(self._begin, number))
         self.number += 1
         return self.ahead.popleft().result().result()
 
@@ -151,7 +159,7 @@ class _Threads:
         if self.augment:
             steps = {
                 "flip": drawn.flip,
-                "shift": drawn.shift * (PADDING + 0.499),
+                "shift": drawn.shift * REACH,
                 "erase": drawn.erase,
                 "channels": drawn.channels,
             }
@@ -207,10 +215,15 @@ def _colours(jitter: NDArray[np.float32]) -> NDArray[np.float64]:
 class _Dali:
     """DALI's graph, reading ahead by its own threads."""
 
-    def __init__(self, source: Callable[[int], Pictures], start: int, **settings: Any):
+    def __init__(self, source: Callable[[int], Pictures], start: int, batches: int | None, **settings: Any):
         self.source, self.number, self.settings = source, start, settings
         self.unreadable: dict[Path, str] = {}  # met by this pipeline
-        self.pipe = _graph(lambda number: self._inputs(source(start + number)), **self.settings)
+
+        def read_ahead(number: int) -> dict[str, list[NDArray]]:
+            number += start  # DALI reads ahead in any case: past the end the last batch again
+            return self._inputs(source(number if batches is None else min(number, batches - 1)))
+
+        self.pipe = _graph(read_ahead, **self.settings)
         self.pipe.build()
         self.spare: Any = None
 
@@ -366,7 +379,7 @@ def _graph(
             mirror = fn.cast(flip, dtype=types.INT32)
             images = fn.slice(
                 images,
-                start=fn.cast(fn.stack(shift[0], shift[1]) * (PADDING + 0.499), dtype=types.INT32),
+                start=fn.cast(fn.stack(shift[0], shift[1]) * REACH, dtype=types.INT32),
                 shape=list(size),
                 axis_names="HW",
                 out_of_bounds_policy="pad",
