@@ -1,40 +1,50 @@
-"""Checkpoints: written aside, renamed when whole, `latest` moved last. A kill at any moment leaves a loadable one.
+"""Checkpoints: written aside, read back, renamed when whole, `latest` moved last. A kill at any moment leaves a
+loadable one.
 
-    checkpoints/step-00000040/  model.safetensors  config.json  state.json  tokenizer.json  deepspeed/ (optimiser state)
+    checkpoints/step-00000040/  model.safetensors  config.json  state.json  tokenizer.json
+                                optimizer.safetensors (by parameter name: any ZeRO stage, any number of ranks)
+                                average.safetensors (with --ema: the averaged weights, which evaluation takes)
+                                SHA256SUMS (sha256sum -c SHA256SUMS)
     checkpoints/latest          name of the newest whole checkpoint
+    checkpoints/best.json       with --eval-every: the checkpoint of the highest mean mAP so far, which is kept
     checkpoints/.part-*         being written, or left by a kill: the next checkpoint removes it
 
-`model.safetensors`, `config.json` and `tokenizer.json` are all that evaluation needs.
+`model.safetensors` (or `average.safetensors`), `config.json`, `state.json` and `tokenizer.json` are all that evaluation
+needs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from engine import zero
 from engine.config import TrainConfig
 from engine.errors import InputError, writing
 from engine.model.irm import IRM
 from engine.runtime import Runtime
 
-FORMAT = 2  # of state.json; raise when an older engine could not read what save() writes
+FORMAT = 3  # of state.json; raise when an older engine could not read what save() writes
+SUMS = "SHA256SUMS"
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
 class State:
     """What a resumed run must know. step: optimiser steps done; heads: stream -> identities, in stream order;
-    streams: names of all streams, in order."""
+    streams: names of all streams, in order; batches: identities and images of each of a stream's batches, all ranks."""
 
     step: int
     world: int
@@ -42,6 +52,7 @@ class State:
     streams: list[str]
     vocabulary: int
     skipped: int = 0
+    batches: list[list[int]] | None = None
 
     @property
     def matching(self) -> list[str]:
@@ -50,58 +61,145 @@ class State:
 
 
 def save(
-    folder: Path, ds_engine, model: IRM, config: TrainConfig, state: State, tokenizer: Tokenizer, runtime: Runtime
-) -> None:
-    """Write `folder`/step-N on all ranks together and make it the latest; keep the newest `config.keep`. InputError on
-    every rank where one cannot write; the checkpoints that were there stay."""
+    folder: Path,
+    ds_engine: Any,
+    model: IRM,
+    config: TrainConfig,
+    state: State,
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+    average: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write `folder`/step-N on all ranks together, make it the latest and return it; keep the newest `config.keep` and
+    the best. InputError on every rank where it cannot be written, or the disk gives back something else; the
+    checkpoints that were there stay."""
     name = f"step-{state.step:08d}"
     part = folder / f".part-{name}"
+    tensors = {
+        "model.safetensors": zero.weights(ds_engine, model, keep=runtime.main),
+        "optimizer.safetensors": zero.optimizer_state(ds_engine, keep=runtime.main),
+        **({AVERAGE: average} if average is not None else {}),
+    }
+    texts = {
+        "config.json": config.to_json(),
+        "state.json": json.dumps({"format": FORMAT, **asdict(state)}, indent=1),
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+    }
     try:
-        with runtime.together(), writing(folder):
+        with runtime.together(), writing(folder, SafetensorError, RuntimeError):
             if runtime.main:
                 _remove_parts(folder)
-                (part / "deepspeed").mkdir(parents=True)
-        with runtime.together():
-            _save_optimizer(ds_engine, part, runtime)
-        weights = _whole_weights(ds_engine, model)
-        with runtime.together(), writing(part, SafetensorError, RuntimeError):
-            if runtime.main:
-                save_file(weights, part / "model.safetensors")
-                (part / "config.json").write_text(config.to_json())
-                (part / "state.json").write_text(json.dumps({"format": FORMAT, **state.__dict__}, indent=1))
-                tokenizer.save(str(part / "tokenizer.json"))
-                for file in part.rglob("*"):
-                    _sync(file)
+                part.mkdir(parents=True)
+                write_files(part, tensors, texts)
                 _publish(folder, part, name, config.keep)
     except InputError:
         if runtime.main:
             _remove_parts(folder)
         raise
+    return folder / name
 
 
-def _save_optimizer(ds_engine, part: Path, runtime: Runtime) -> None:
-    """DeepSpeed's own files. It has written them all when it comes to its last barrier; a rank that fails before goes
-    to that barrier too, because the others wait there."""
-    with writing(part, RuntimeError):  # which is what torch.save makes of a full disk
+def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
+    """Files of tensors (safetensors) and of text, on the disk and compared with what came back from it; their sums."""
+    for name, content in tensors.items():
+        save_file(content, folder / name)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    sums = []
+    for name in (*tensors, *texts):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is compared comes from the disk
+        same = _same(load_file(folder / name), tensors[name]) if name in tensors else None
+        if not (same if name in tensors else (folder / name).read_text() == texts[name]):
+            raise InputError(f"{folder / name}: does not hold what was written; check the disk")
+        sums.append(f"{_digest(folder / name)}  {name}\n")
+    (folder / SUMS).write_text("".join(sums))
+    _sync(folder / SUMS)
+    _sync(folder)
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit, NaN included."""
+
+    def bits(value: Tensor) -> Tensor:
+        return value.contiguous().flatten().view(torch.uint8)
+
+    return one.keys() == other.keys() and all(torch.equal(bits(one[key]), bits(other[key])) for key in one)
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(folder: Path, *names: str) -> None:
+    """InputError for a file of a checkpoint that is not what was written; all files, or these. A folder without sums
+    (exported, or of an older engine) passes."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / SUMS}: cannot be read ({error}); use another checkpoint") from error
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in names or sums:
         try:
-            ds_engine.save_checkpoint(str(part), tag="deepspeed", save_latest=False)
-        except (OSError, RuntimeError):
-            if runtime.world > 1:
-                dist.barrier()
-            raise
+            right = sums.get(name) == _digest(folder / name)
+        except OSError as error:
+            raise InputError(f"{folder / name}: {error.strerror}; use another checkpoint") from error
+        if not right:
+            raise InputError(f"{folder / name}: damaged or cut short (its sum is not that of {SUMS}); use another one")
 
 
 def _publish(folder: Path, part: Path, name: str, keep: int) -> None:
     """Rename a whole checkpoint to `name`, point `latest` at it, then drop the oldest."""
     shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(part, folder / name)
-    pointer = folder / ".part-latest"
-    pointer.write_text(name + "\n")
-    _sync(pointer)
-    os.replace(pointer, folder / "latest")
-    _sync(folder)
+    _replace(folder / "latest", name + "\n")
+    _drop(folder, keep)
+
+
+def _drop(folder: Path, keep: int) -> None:
+    """All but the newest `keep` checkpoints and the best."""
+    kept = best(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        if kept is None or old.name != kept[0]:
+            shutil.rmtree(old)
+
+
+def _replace(file: Path, text: str) -> None:
+    """A small file, whole or as it was, on the disk."""
+    part = file.with_name(f".part-{file.name}")
+    part.write_text(text)
+    _sync(part)
+    os.replace(part, file)
+    _sync(file.parent)
+
+
+def best(folder: Path) -> tuple[str, float] | None:
+    """Name and mean mAP of the best checkpoint that was evaluated, or None."""
+    try:
+        values = json.loads((folder / "best.json").read_text())
+        found = str(values["checkpoint"]), float(values["mean_mAP"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if (folder / found[0] / "state.json").is_file() else None
+
+
+def mark_best(folder: Path, name: str, mean_map: float, keep: int) -> tuple[str, float]:
+    """Make this checkpoint the best, which is not dropped, unless another has a higher mAP; the best and its mAP. The
+    former best goes, unless it is one of the newest `keep`."""
+    known = best(folder)
+    if known is not None and known[0] != name and known[1] >= mean_map:
+        return known
+    with writing(folder):
+        _replace(folder / "best.json", json.dumps({"checkpoint": name, "mean_mAP": mean_map}) + "\n")
+        _drop(folder, keep)
+    return name, mean_map
 
 
 def _remove_parts(folder: Path) -> None:
@@ -110,16 +208,6 @@ def _remove_parts(folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
-
-
-def _whole_weights(ds_engine, model: IRM) -> dict[str, torch.Tensor]:
-    """All weights on the CPU. ZeRO 3 keeps them in parts, which all ranks together put together here."""
-    if ds_engine.zero_optimization_stage() < 3:
-        return {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters(list(model.parameters())):
-        return {key: value.detach().clone().cpu() for key, value in model.state_dict().items()}
 
 
 def latest(folder: Path) -> Path | None:
@@ -158,11 +246,14 @@ def load_model(path: Path) -> tuple[IRM, TrainConfig, State, Tokenizer]:
     except (RuntimeError, KeyError, ValueError) as error:  # sizes below 0 or beyond memory, names that are none
         what = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}/state.json: no model has these heads ({what}); use another checkpoint") from error
-    file = folder / "model.safetensors"
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: damaged or cut short ({error}); use another checkpoint") from error
+    _load_weights(folder / (AVERAGE if (folder / AVERAGE).is_file() else "model.safetensors"), model)
+    return model.eval(), config, state, tokenizer
+
+
+def _load_weights(file: Path, model: IRM) -> None:
+    """InputError where the file is damaged or of another model."""
+    verify(file.parent, file.name)
+    weights = _tensors(file)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in weights.items()}
     if found != wanted:
@@ -171,7 +262,13 @@ def load_model(path: Path) -> tuple[IRM, TrainConfig, State, Tokenizer]:
         expected = f"shape {tuple(wanted[name])}" if name in wanted else "none"
         raise InputError(f"{file}: not the model of its config.json: {name}: expected {expected}, found {has}")
     model.load_state_dict(weights)
-    return model.eval(), config, state, tokenizer
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: damaged or cut short ({error}); use another checkpoint") from error
 
 
 def read_facts(folder: Path) -> tuple[TrainConfig, State, Tokenizer]:
@@ -194,6 +291,7 @@ def _state(text: str) -> State:
         raise InputError(f"format {written}, this engine reads up to {FORMAT}; use a newer engine")
     state = State(**values)
     numbers = [state.step, state.world, state.vocabulary, state.skipped, *state.heads.values()]
+    numbers += [number for batch in state.batches or [] for number in batch]
     named = isinstance(state.streams, list) and all(isinstance(name, str) for name in state.streams)
     if not named or not all(isinstance(number, int) for number in numbers):
         raise InputError("a field has the wrong type")
@@ -204,19 +302,23 @@ def _tokenizer(text: str) -> Tokenizer:
     return Tokenizer.from_str(text)
 
 
-def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer: Tokenizer, runtime: Runtime) -> State:
-    """Load the latest checkpoint into the engine. InputError when there is none or when it is of another run: what
-    decides model and samples must be the same."""
+def resume(
+    folder: Path, model: IRM, state: State, config: TrainConfig, tokenizer: Tokenizer, runtime: Runtime
+) -> tuple[State, dict[str, Tensor], dict[str, Tensor] | None]:
+    """Load the latest checkpoint's weights into the model; its state, that of the optimiser and the averaged weights.
+    InputError when there is none or when it is of another run: what decides model and samples must be the same. The
+    number of ranks may be another, as long as the batches of all ranks together are the same."""
     with runtime.together():
         checkpoint = latest(folder)
         if checkpoint is None:
             raise InputError(f"--resume: no checkpoint in {folder}; leave --resume out to start a run")
         old_config, stored, old_tokenizer = read_facts(checkpoint)
-        options = ("model", "seed", "ids", "images_per_id", "window", "shares", "temperature", "leaders", "ahead")
+        options = ["model", "seed", "ids", "images_per_id", "window", "shares", "temperature", "leaders", "ahead"]
+        options += ["train_instruction"]
         differ = [
             (what, getattr(old, what), getattr(new, what))
             for old, new, names in (
-                (stored, state, ("world", "streams", "heads")),
+                (stored, state, ["streams", "heads", "batches"]),
                 (old_config, config, options),
             )
             for what in names
@@ -230,24 +332,23 @@ def resume(folder: Path, ds_engine, state: State, config: TrainConfig, tokenizer
                     for field in before.__dataclass_fields__
                     if getattr(before, field) != getattr(now, field)
                 )
+            if what == "batches" and before is None:
+                raise InputError(f"--resume: {checkpoint} was made by an older engine; start anew in another --output")
             raise InputError(
-                f"--resume: {checkpoint} has {what} {before}, this run has {now}; give the same options and ranks, or "
-                "another --output"
+                f"--resume: {checkpoint} has {what} {before}, this run has {now}; give the same options, ranks that "
+                "divide the batches alike, or another --output"
             )
         if old_tokenizer.to_str() != tokenizer.to_str():
             raise InputError(f"--resume: {checkpoint} was trained with another vocabulary; is --data the same?")
-    with runtime.together():
         try:
-            loaded, _ = ds_engine.load_checkpoint(str(checkpoint), tag="deepspeed")
-            if loaded is None:
-                raise InputError("files are missing")
-        except Exception as error:  # whatever a cut or foreign pickle makes torch and DeepSpeed raise
-            what = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"--resume: {checkpoint}/deepspeed cannot be loaded ({type(error).__name__}: {what}); "
-                f"remove {checkpoint} to resume from the one before"
-            ) from error
-    return stored
+            if runtime.main:
+                verify(checkpoint)
+            _load_weights(checkpoint / "model.safetensors", model)
+            optimizer = _tensors(checkpoint / "optimizer.safetensors")
+            averaged = _tensors(checkpoint / AVERAGE) if config.ema else None
+        except InputError as error:
+            raise InputError(f"--resume: {error}; remove {checkpoint} to resume from the one before") from error
+    return stored, optimizer, averaged
 
 
 def _sync(path: Path) -> None:

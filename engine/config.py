@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import InputError
 from engine.tasks import TASKS
@@ -49,6 +49,8 @@ class ModelConfig:
                   0.99) and the contrastive loss finds no way out; pre-trained towers need it not
     gate          initial value of all gates: 0 keeps a pre-trained ViT what it is; a model that starts from nothing has
                   nothing to keep, and with 0 its instruction moves nothing for hundreds of steps
+    editing       False: E_e is a plain ViT, and the instruction reaches the features through E_f alone (the paper's
+                  Table 5, "w/o editing")
     fused         attention by the kernels; False: by their eager reference
     """
 
@@ -73,6 +75,7 @@ class ModelConfig:
     embed: int = 256
     embed_norm: bool = False
     gate: float = 0.0
+    editing: bool = True
     fused: bool = True
 
     def __post_init__(self) -> None:
@@ -133,6 +136,26 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
+class Backbone(NamedTuple):
+    """A pre-trained ViT as its authors release it. inside: where in the file its names begin; part_tokens: as in
+    ModelConfig; mean, std: of the RGB pictures in 0..1 that it was trained with."""
+
+    inside: str = ""
+    part_tokens: int = 0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+# All of them: patches of 16 x 16 by one convolution, bias on q, k and v, LayerNorm eps 1e-6. `timm:NAME` beside them.
+BACKBONES: dict[str, Backbone] = {
+    "deit": Backbone(),
+    "albef": Backbone("visual_encoder.", 0, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "hap": Backbone(),
+    "pass": Backbone(part_tokens=3),
+}
+PARTS = ("edit", "instruct.text", "instruct.picture")  # of the model that may begin pre-trained
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The recipes' options are these fields; `recipes/mtl.py --help` explains them."""
@@ -142,11 +165,18 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=lambda: MODELS["irm_tiny"])
     tasks: tuple[str, ...] = tuple(TASKS)
     datasets: tuple[str, ...] | None = None
+    backbone: str = ""  # whose weights E_e begins with: of BACKBONES, or timm:NAME; "": from nothing
+    pretrained: str = ""  # their file; "" with timm:NAME: timm's own
+    instruction_pretrained: str = ""  # file or BERT folder that E_i begins with; "": from nothing
+    vocabulary: str = ""  # vocab.txt, tokenizer.json or their folder; "": of the BERT folder, else built from the data
+    train_instruction: bool = False  # a pre-trained E_i learns as well
+    given: tuple[str, ...] = ()  # the PARTS that began pre-trained; engine.model.pretrained fills it in
     steps: int = 24000
     seed: int = 0
     ids: int = 32
     images_per_id: int = 4
     shares: dict[str, int] = field(default_factory=dict)  # task -> micro-steps of each of its streams per cycle (1)
+    loss_weights: dict[str, float] = field(default_factory=dict)  # task or stream -> factor of its loss (1)
     temperature: float = 0.0  # above 0: streams in proportion to images^(1/temperature) instead of `shares`
     leaders: tuple[str, ...] = ()  # tasks whose streams train alone at first, `ahead` micro-steps of each
     ahead: int = 0
@@ -154,9 +184,13 @@ class TrainConfig:
     lr: float = 1e-5
     lr_start: float = 1e-7
     lr_new: float = 10.0  # multiplier for layers that no pre-training covers: heads, gates, instruction projections
+    layer_decay: float = 1.0  # multiplier of E_e's rate for each layer further from its output
     warmup: int = 1000
     weight_decay: float = 5e-4
     clip: float = 5.0
+    ema: float = 0.0  # above 0: evaluate weights averaged over steps with this decay
+    checkpointing: bool = False  # E_e's blocks are computed again in the backward pass: less memory, more time
+    compile: bool = False  # E_e's blocks by torch.compile
     margin: float = 0.3
     mining: str = "all"
     plain_triplet: bool = False  # one margin for all: the instructions are taken to be alike
@@ -167,6 +201,7 @@ class TrainConfig:
     colour_jitter: float = 0.0
     checkpoint_every: int = 1000
     keep: int = 2
+    eval_every: int = 0  # steps between evaluations while training; 0: only at the end
     evaluate: bool = True
     quick: bool = False
     baselines: bool = False  # measure what needs no learning beside the model (--check)
@@ -188,6 +223,7 @@ class TrainConfig:
             raise InputError(f"model {self.model!r:.80}: expected a JSON object")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "leaders", tuple(self.leaders))
+        object.__setattr__(self, "given", tuple(self.given))
         if self.datasets is not None:
             object.__setattr__(self, "datasets", tuple(self.datasets))
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -197,14 +233,25 @@ class TrainConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {bound}")
-        finite = ("seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip", "ahead")
-        for name in (*finite, "temperature"):
+        finite = ["seed", "window", "warmup", "weight_decay", "margin", "lr", "lr_start", "lr_new", "clip", "ahead"]
+        finite += ["eval_every", "temperature"]
+        for name in finite:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         if self.seed >= 1 << 63:
             raise InputError(f"--seed {self.seed}: expected less than 2**63")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"--label-smoothing {self.label_smoothing}: expected 0 or more and less than 1")
+        for name, low in (("ema", 0 <= self.ema < 1), ("layer_decay", 0 < self.layer_decay <= 1)):
+            if not low:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 to 1")
+        if self.ema and (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0) == 3:
+            raise InputError("--ema: ZeRO 3 keeps no rank whole weights to average; use stage 0, 1 or 2")
+        for name, weight in self.loss_weights.items():
+            if name.partition("/")[0] not in TASKS or type(weight) not in (int, float) or not 0 <= weight < math.inf:
+                raise InputError(
+                    f"--loss-weights {name}={weight}: expected TASK=W or TASK/DATASET=W with W of 0 or more"
+                )
         if self.mining not in ("all", "hard"):
             raise InputError(f"--mining {self.mining!r}: expected all or hard")
         for task, share in [*self.shares.items(), *((task, 1) for task in self.leaders)]:
@@ -215,10 +262,23 @@ class TrainConfig:
             raise InputError(
                 f"--temperature {self.temperature}, --shares {shares}: both say how often streams train; leave one out"
             )
+        own = self.backbone.startswith("timm:")
+        if self.backbone and not own and self.backbone not in BACKBONES:
+            raise InputError(f"--backbone {self.backbone!r}: expected {', '.join(BACKBONES)} or timm:NAME")
+        if bool(self.backbone) != bool(self.pretrained) and not own:
+            raise InputError(
+                f"--backbone {self.backbone} --pretrained {self.pretrained}: one says what the weights are, the other "
+                "in which file; give both"
+            )
         if self.feature not in ("cls", "fout", "concat"):
             raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
         if self.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"--device {self.device!r}: expected auto, cpu or cuda")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parts of E_i that stay as they came."""
+        return () if self.train_instruction else tuple(part for part in self.given if part.startswith("instruct."))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

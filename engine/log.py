@@ -34,6 +34,7 @@ class Log:
             if runtime.main:
                 _forget_after(output / "log.jsonl", first)
                 self.file = (output / "log.jsonl").open("a")
+                _forget_after(output / "evaluations.jsonl", first)
                 self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
                 self.progress = Progress("training", config.steps, first, "step")
 
@@ -66,6 +67,16 @@ class Log:
                 self.file.close()
                 self.board.close()
                 self.progress.close()
+
+
+def evaluated(output: Path, step: int, metrics: dict[str, Any]) -> None:
+    """Note one evaluation in evaluations.jsonl and TensorBoard."""
+    with writing(output), (output / "evaluations.jsonl").open("a") as file:
+        row = {"step": step, "mean_mAP": metrics["mean_mAP"], "tasks": metrics["tasks"]}
+        print(json.dumps(_json(row)), file=file)
+        with SummaryWriter(str(output / "tensorboard")) as board:
+            board.add_scalar("test/mean_mAP", metrics["mean_mAP"], step)
+    print(f"step {step}: mean mAP over tasks {100 * metrics['mean_mAP']:.2f} %", flush=True)
 
 
 def quarantine(file: Path, reasons: Mapping[Path, str], step: int) -> None:

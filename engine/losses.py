@@ -20,7 +20,8 @@ from engine.ranks import gathered, gathered_values, padded, place
 
 
 class TrainingModel(nn.Module):
-    """The model and its losses in one forward, as DeepSpeed wants it: batch -> (loss, terms).
+    """The model and its losses in one forward, as DeepSpeed wants it: batch -> (loss, terms). The loss is the terms'
+    sum times the weight of the stream, or of its task.
 
     streams: names in the order of Batch.stream; matching: whether each uses Eq. 8 (else Eq. 7).
     """
@@ -35,7 +36,11 @@ class TrainingModel(nn.Module):
             terms = matching_losses(self.model, batch, self.streams[batch.stream], self.config, self.chance)
         else:
             terms = identity_losses(self.model, batch, self.streams[batch.stream], self.config)
-        return torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
+        stream = self.streams[batch.stream]
+        weights = self.config.loss_weights
+        weight = weights.get(stream, weights.get(stream.partition("/")[0], 1.0))
+        total = weight * torch.stack(list(terms.values())).sum()
+        return total, {name: term.detach() for name, term in terms.items()}
 
 
 def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) -> dict[str, Tensor]:
@@ -48,7 +53,7 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     assert features.fout is not None
     assert head is not None
     rank, world = place() if config.global_losses else (0, 1)
-    B, labels, instructions = len(batch.images), batch.labels, features.instruction.cls.detach().float()
+    B, labels, instructions = len(batch.images), batch.labels, _wide(features.instruction.cls.detach())
     if world > 1:
         labels = gathered_values(labels)
         instructions = instructions if len(instructions) == 1 else gathered_values(instructions)
@@ -59,7 +64,7 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
     instructions = instructions.expand(world * B, -1)
     terms = {}
     with torch.autocast(batch.images.device.type, enabled=False):  # losses in float32
-        for name, value in (("cls", features.cls.float()), ("fout", features.fout.float())):
+        for name, value in (("cls", _wide(features.cls)), ("fout", _wide(features.fout))):
             unit = F.normalize(value, dim=-1)
             if world > 1:  # the gradient of its own rows is whole: none has to come back from other ranks
                 parts = list(gathered_values(unit).chunk(world))
@@ -73,6 +78,11 @@ def identity_losses(model: IRM, batch: Batch, stream: str, config: TrainConfig) 
             logits = head.classify[name](head.neck[name](value))
             terms[f"id_{name}"] = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
     return terms
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def centred(instructions: Tensor) -> Tensor:
@@ -95,8 +105,8 @@ def matching_losses(
     seen = model.features(batch.images, None)
     rank, world = place()
     B, labels, picture_tokens = len(batch.images), batch.labels, seen.tokens
-    pictures_BE = pictures = model.image_embedding(seen, stream).float()
-    texts_BE = texts = model.text_embedding(instruction, stream).float()
+    pictures_BE = pictures = _wide(model.image_embedding(seen, stream))
+    texts_BE = texts = _wide(model.text_embedding(instruction, stream))
     drawn = torch.rand(2, world * B, generator=chance)[:, rank * B : (rank + 1) * B]
     first = 0  # of its own samples among all
     if config.global_losses and world > 1:
@@ -117,7 +127,7 @@ def matching_losses(
     told = Instruction(
         instruction.tokens[chosen[1]], None if lengths is None else lengths[chosen[1]], instruction.cls[chosen[1]]
     )
-    logits = model.match_scores(picture_tokens[chosen[0]], told, stream, cosines).float()
+    logits = _wide(model.match_scores(picture_tokens[chosen[0]], told, stream, cosines))
     truth = (labels[chosen[0]] == labels[chosen[1]]).long()
     return {"contrastive": contrastive, "match": F.cross_entropy(logits, truth)}
 

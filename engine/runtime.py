@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,9 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import InputError
+
+JOIN = timedelta(minutes=5)  # how long ranks wait for each other at the start
+LONGEST = timedelta(minutes=60)  # a collective may take: rank 0 reads a data set while the others wait
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def start(device_name: str) -> Runtime:
     device = pick_device(device_name)
     if "RANK" not in os.environ:  # started with plain python
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -120,17 +124,48 @@ def start(device_name: str) -> Runtime:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not dist.is_initialized():
+        _join("nccl" if device.type == "cuda" else "gloo")
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled now; gloo serves as well
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=60),
-        )
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # finds the group
     group = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
     return Runtime(device, dist.get_rank(), dist.get_world_size(), group)
+
+
+def _join(backend: str) -> None:
+    """The process group of all ranks. InputError where not all of them come, or rank 0 cannot have its port."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=JOIN))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LONGEST)
+    except dist.DistError as error:
+        what = " ".join(str(error).split())
+        if "EADDRINUSE" in what:
+            raise InputError(f"--master_port {port}: in use on {address}; choose another") from error
+        came = re.search(r"(\d+)/(\d+) clients joined", what)
+        if came:
+            what = f"{came[1]} of {came[2]} ranks came within {JOIN.total_seconds():.0f} s"
+        raise InputError(
+            f"the ranks did not meet at {address}:{port} ({what[:200]}); is every machine of the hostfile up, with the "
+            "same address and port?"
+        ) from error
+
+
+@contextmanager
+def company(resumable: Callable[[], str]) -> Iterator[None]:
+    """Around a run: a rank that was lost on the way ends the others with one line. resumable(): what is left of it."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and not LOST.search(what):
+            raise
+        raise InputError(f"another rank is gone ({what[:160]}); {resumable()}") from error
+
+
+# What gloo and NCCL say when a rank does not answer any more.
+LOST = re.compile(r"gloo|connection (closed|reset|refused)|socket (timeout|closed)|nccl", re.IGNORECASE)
 
 
 class Termination:
@@ -173,7 +208,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

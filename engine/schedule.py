@@ -6,9 +6,10 @@ import math
 
 from torch import nn
 
-from engine.config import TrainConfig
+from engine.config import PARTS, TrainConfig
 
-# Parts that no pre-trained ViT or BERT covers start from nothing: they learn at lr * lr_new.
+# Parts that no pre-trained ViT or BERT covers start from nothing: they learn at lr * lr_new. Where others of PARTS came
+# pre-trained, so does an E_e or a tower of E_i that did not.
 NEW = ("heads.", "edit.gates", "edit.kv_ins", "fuse.", "match.", "project_", "temperature.")
 
 
@@ -20,16 +21,27 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
 
 
+def layers_above(name: str, depth: int) -> int:
+    """How many of E_e's `depth` blocks come after this parameter, its stem and tokens before them all; 0 elsewhere."""
+    if name.startswith("edit.blocks."):
+        return depth - 1 - int(name.split(".")[2])
+    first = ("edit.patch_embed.", "edit.cls_", "edit.part_", "edit.pos_embed")
+    return depth if name.startswith(first) else 0
+
+
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Groups by rate (pre-trained or new layer) and by weight decay (none for vectors: gates, norms, biases).
+    """Groups by rate (pre-trained or new layer, and with layer_decay how far from the output) and by weight decay (none
+    for vectors: gates, norms, biases).
 
     `multiplier` scales the scheduled rate of the group.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    new = NEW + tuple(f"{part}." for part in PARTS if config.given and part not in config.given)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = name.removeprefix("model.")
-            rate = config.lr_new if part.startswith(NEW) else 1.0
+            rate = config.lr_new if part.startswith(new) else 1.0
+            rate *= config.layer_decay ** layers_above(part, config.model.depth)
             plain = parameter.ndim < 2 or name.endswith(("gates", "cls_token", "part_tokens", "pos_embed"))
             groups.setdefault((rate, plain), []).append(parameter)
     return [

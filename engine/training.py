@@ -5,11 +5,11 @@ One optimiser step accumulates over a window of micro-steps; each micro-step is 
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from engine import checkpoint
+from engine import checkpoint, zero
+from engine.average import Average
 from engine.config import TrainConfig
 from engine.data.index import Index, find_indexes
 from engine.data.loader import TrainLoader
@@ -25,17 +26,40 @@ from engine.data.sampler import Sampler, Stream, make_streams
 from engine.errors import InputError, writing
 from engine.evaluation import evaluate_model, measurable, write_features
 from engine.instructions import SENTENCES
-from engine.log import Log, quarantine
+from engine.log import Log, evaluated, quarantine
 from engine.losses import TrainingModel
+from engine.model import pretrained
 from engine.model.instruction import build_tokenizer
 from engine.model.irm import IRM
 from engine.report import Report
 from engine.results import format_table, is_real, write_metrics
-from engine.runtime import Runtime, Termination, seed_everything, start
-from engine.schedule import learning_rate, parameter_groups
+from engine.runtime import Runtime, Termination, company, seed_everything, start
+from engine.schedule import learning_rate
 
 TERMINATED = 143  # exit code after SIGTERM: saved, can be resumed
 MOST_SKIPPED = 20  # non-finite steps in a row that end a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training works with. window: micro-steps of a step; average: with --ema; tested: whether there is a test
+    part."""
+
+    config: TrainConfig
+    runtime: Runtime
+    output: Path
+    indexes: list[Index]
+    sampler: Sampler
+    tokenizer: Tokenizer
+    model: IRM
+    average: Average | None
+    ds_engine: Any
+    window: int
+    tested: bool
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -43,7 +67,32 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     runtime = start(config.device)
     output = Path(config.output)
     _claim(output, config, runtime)
+    run, state = _prepare(config, runtime, output)
+    arrays: dict[str, np.ndarray] = {}
+    report = Report()
+    with company(lambda: _left(run.checkpoints)):
+        _steps(run, state)
+        if not run.tested:
+            return None
+        untrained = build_model(run.config, run.sampler.streams, run.tokenizer).to(runtime.device)
+        kept = arrays if config.save_features else None
+        metrics = _measure(run, config.steps, untrained=untrained, arrays=kept, report=report)
+    if metrics is not None:
+        print(format_table(metrics, paper=is_real(config.data)))
+        with writing(output):  # what matters most first: a disk may be full
+            write_metrics(metrics, output / "metrics.json")
+            report.write(output / "retrieval.html", metrics, output / "log.jsonl")
+            if config.save_features:
+                write_features(arrays, output / "features.npz")
+    return metrics
+
+
+def _prepare(config: TrainConfig, runtime: Runtime, output: Path) -> tuple[Run, checkpoint.State]:
+    """Data, model and optimiser, new or as the latest checkpoint has them."""
     say = print if runtime.main else _silent
+    with runtime.together():
+        begin = _start(config)
+    config = begin.config
     indexes: list[Index] = []
     for mine in (runtime.main, not runtime.main):  # rank 0 parses what is not indexed, the others map it
         with runtime.together():
@@ -62,7 +111,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
             leaders=config.leaders,
             ahead=config.ahead,
         )
-        tokenizer = build_tokenizer(_corpus(indexes))
+        tokenizer = begin.tokenizer or build_tokenizer(_corpus(indexes))
     for note in sampler.notes:
         say(note)
     tested = False
@@ -76,46 +125,70 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
             say("no test part: training only")
     window = config.window or sampler.window
     model = build_model(config, streams, tokenizer)
+    begin.apply(model)
+    for read in begin.reports:
+        say(f"{read}; it stays as it is" if read.part in config.frozen else read)
+    del begin  # its weights
     say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(streams)} streams "
         f"({', '.join(stream.name for stream in streams)}), {window} per step, {runtime.world} rank(s) on "
         f"{runtime.device.type}"
     )
-    ds_engine = _deepspeed(model, config, streams, sampler, window, runtime)
-    state = checkpoint.State(0, runtime.world, _heads(streams), [s.name for s in streams], tokenizer.get_vocab_size())
-    folder = output / "checkpoints"
+    names, batches = [stream.name for stream in streams], [list(batch) for batch in sampler.batches]
+    state = checkpoint.State(0, runtime.world, _heads(streams), names, tokenizer.get_vocab_size(), batches=batches)
+    optimizer: dict[str, torch.Tensor] = {}
+    averaged = None
     if config.resume:
-        state = checkpoint.resume(folder, ds_engine, state, config, tokenizer, runtime)
-        say(f"resumed after step {state.step}")
+        folder = output / "checkpoints"
+        state, optimizer, averaged = checkpoint.resume(folder, model, state, config, tokenizer, runtime)
+        say(f"resumed after step {state.step}" + f", then of {state.world} rank(s)" * (state.world != runtime.world))
+    module = TrainingModel(model, config, names, [s.task.loss == "matching" for s in streams]).to(runtime.device)
+    model.edit.checkpointing = config.checkpointing
+    for block in model.edit.blocks if config.compile else ():
+        block.compile()
+    average = Average(model, config.ema) if config.ema else None
+    if average and averaged:
+        average.load(averaged)
+    largest = max(P * K for P, K in sampler.batches) // runtime.world
+    ds_engine = zero.initialize(module, config, largest, window, runtime)
+    zero.load_optimizer_state(ds_engine, optimizer)
     with runtime.together(), writing(output):
         if runtime.main:
             (output / "config.json").write_text(config.to_json())
-    _steps(config, runtime, ds_engine, model, sampler, tokenizer, indexes, window, state, output)
-    if not tested:
-        return None
-    model = checkpoint.load_model(folder)[0].to(runtime.device)
-    untrained = build_model(config, streams, tokenizer).to(runtime.device)
-    arrays: dict[str, np.ndarray] = {}
-    report = Report()
-    metrics = evaluate_model(
-        model,
-        indexes,
-        tokenizer,
-        config,
-        untrained=untrained,
-        runtime=runtime,
-        arrays=arrays if config.save_features else None,
-        report=report,
-    )
-    if metrics is not None:
-        metrics["checkpoint"] = str(checkpoint.latest(folder))
-        say(format_table(metrics, paper=is_real(config.data)))
-        with writing(output):  # what matters most first: a disk may be full
-            write_metrics(metrics, output / "metrics.json")
-            report.write(output / "retrieval.html", metrics, output / "log.jsonl")
-            if config.save_features:
-                write_features(arrays, output / "features.npz")
+    run = Run(config, runtime, output, indexes, sampler, tokenizer, model, average, ds_engine, window, tested)
+    return run, state
+
+
+def _measure(run: Run, step: int, **options: Any) -> dict[str, Any] | None:
+    """metrics.json of the checkpoint of this step, on rank 0. With --eval-every it is noted, and the best one kept."""
+    model = checkpoint.load_model(run.checkpoints)[0].to(run.runtime.device)
+    options = {"untrained": None, "runtime": run.runtime, **options}
+    metrics = evaluate_model(model, run.indexes, run.tokenizer, run.config, **options)
+    with run.runtime.together():
+        if metrics is None:
+            return None
+        named = checkpoint.latest(run.checkpoints)
+        assert named is not None
+        metrics["checkpoint"] = str(named)
+        if run.config.eval_every:
+            evaluated(run.output, step, metrics)
+            name, value = checkpoint.mark_best(run.checkpoints, named.name, metrics["mean_mAP"], run.config.keep)
+            metrics["best"] = {"checkpoint": str(run.checkpoints / name), "mean_mAP": value}
     return metrics
+
+
+def _left(folder: Path) -> str:
+    newest = checkpoint.latest(folder)
+    return f"--resume goes on from {newest}" if newest else "no checkpoint was made yet"
+
+
+def _start(config: TrainConfig) -> pretrained.Start:
+    if not config.resume:
+        return pretrained.prepare(config)
+    folder = checkpoint.latest(Path(config.output) / "checkpoints")
+    assert folder is not None
+    stored, _, tokenizer = checkpoint.read_facts(folder)
+    return pretrained.resumed(config, stored, tokenizer)
 
 
 def build_model(config: TrainConfig, streams: tuple[Stream, ...], tokenizer: Tokenizer) -> IRM:
@@ -125,33 +198,24 @@ def build_model(config: TrainConfig, streams: tuple[Stream, ...], tokenizer: Tok
     return IRM(config.model, tokenizer.get_vocab_size(), _heads(streams), matching)
 
 
-def _steps(
-    config: TrainConfig,
-    runtime: Runtime,
-    ds_engine: Any,
-    model: IRM,
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    indexes: list[Index],
-    window: int,
-    state: checkpoint.State,
-    output: Path,
-) -> None:
-    """The loop: `config.steps` optimiser steps, logged, saved, stoppable."""
+def _steps(run: Run, state: checkpoint.State) -> None:
+    """The loop: `config.steps` optimiser steps, logged, saved, measured, stoppable."""
+    config, runtime, output, window = run.config, run.runtime, run.output, run.window
+    ds_engine, model = run.ds_engine, run.model
 
     def damaged(path: Path, reason: str, micro_step: int) -> None:
         quarantine(output / "quarantine.jsonl", {path: reason}, micro_step // window + 1)
 
     with runtime.together():
         log = Log(output, config, runtime, state.step)
-    known = {path: why for index in indexes for path, why in index.reasons("train", "picture").items()}
+    known = {path: why for index in run.indexes for path, why in index.reasons("train", "picture").items()}
     with runtime.together(), writing(output):
         if runtime.main:
             quarantine(output / "quarantine.jsonl", known, 0)
     loader = TrainLoader(
-        sampler,
+        run.sampler,
         config,
-        tokenizer,
+        run.tokenizer,
         runtime.device,
         rank=runtime.rank,
         start=state.step * window,
@@ -183,11 +247,13 @@ def _steps(
             names.append(sample.stream.name)
             # an infinite loss may have finite gradients; NaN on any rank makes every rank skip the step
             ds_engine.backward(loss if math.isfinite(values[0]) else loss * math.nan)
-            norm = _step(ds_engine, rate, config.clip)
+            norm = zero.step(ds_engine, rate, config.clip)
         step += 1
         if not math.isfinite(norm):  # the statistics of a skipped step's batches go with it
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        elif run.average:
+            run.average.update(model, step)
         skipped, in_a_row = (skipped, 0) if math.isfinite(norm) else (skipped + 1, in_a_row + 1)
         seconds = time.monotonic() - began
         row = {
@@ -210,9 +276,13 @@ def _steps(
                 "lower --lr and --resume"
             )
         ending = runtime.any(termination.asked())
-        if ending or step % config.checkpoint_every == 0 or step == config.steps:
-            state = checkpoint.State(step, runtime.world, state.heads, state.streams, state.vocabulary, skipped)
-            checkpoint.save(output / "checkpoints", ds_engine, model, config, state, tokenizer, runtime)
+        measured = run.tested and config.eval_every and step % config.eval_every == 0 and step < config.steps
+        if ending or measured or step % config.checkpoint_every == 0 or step == config.steps:
+            state = replace(state, step=step, world=runtime.world, skipped=skipped)
+            averaged = run.average.state() if run.average and runtime.main else None
+            checkpoint.save(run.checkpoints, ds_engine, model, config, state, run.tokenizer, runtime, averaged)
+        if measured and not ending:
+            _measure(run, step)
         if ending:
             log.close()
             if runtime.main:
@@ -220,32 +290,6 @@ def _steps(
             sys.exit(TERMINATED)
     log.close()
     termination.restore()
-
-
-def _step(ds_engine: Any, rate: float, clip: float) -> float:
-    """DeepSpeed's step, which changes weights at the end of a window. Returns the gradient's norm before clipping over
-    all ranks, infinite or NaN where the gradient was not finite: then the weights and the optimiser are as before."""
-    for group in ds_engine.optimizer.param_groups:
-        group["lr"] = rate * group["multiplier"]
-    ends = ds_engine.is_gradient_accumulation_boundary()
-    if ds_engine.zero_optimization_stage() > 0:  # looks at the gradients itself
-        ds_engine.step()
-        if ends and ds_engine.zero_optimization_stage() == 3:
-            # DeepSpeed 0.19 overwrites a gradient in the first micro-step only: what a later stream's head has from the
-            # step before would be counted again, and a NaN would never leave
-            ds_engine.optimizer.grad_partitions_flat_buffer.zero_()
-        return float(ds_engine.get_global_grad_norm() or 0.0)
-    norm = 0.0
-    if ends:
-        gradients = [p.grad for p in ds_engine.module.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients)
-        norm = float(total)
-        if not math.isfinite(norm):
-            ds_engine.zero_grad()  # to None: the optimiser passes over such parameters
-        elif clip:
-            torch.nn.utils.clip_grads_with_norm_(ds_engine.module.parameters(), clip, total)
-    ds_engine.step()
-    return norm
 
 
 def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
@@ -260,40 +304,6 @@ def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
         if runtime.main:
             output.mkdir(parents=True, exist_ok=True)
             (output / "quarantine.jsonl").touch()
-
-
-def _deepspeed(
-    model: IRM,
-    config: TrainConfig,
-    streams: tuple[Stream, ...],
-    sampler: Sampler,
-    window: int,
-    runtime: Runtime,
-) -> Any:
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    module = TrainingModel(model, config, [s.name for s in streams], [s.task.loss == "matching" for s in streams])
-    module.to(runtime.device)
-    optimizer = torch.optim.AdamW(parameter_groups(module, config))
-    stage = (config.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
-    settings = {
-        "zero_optimization": {"stage": 0},
-        "torch_autocast": {"enabled": runtime.device.type == "cuda", "dtype": "bfloat16"},
-        **(config.deepspeed or {}),
-        "train_micro_batch_size_per_gpu": max(P * K for P, K in sampler.batches) // runtime.world,
-        "gradient_accumulation_steps": window,
-        "gradient_clipping": config.clip if stage else 0.0,  # ZeRO 0: by _step, which needs the norm anyway
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 60,
-    }
-    try:
-        deepspeed.DeepSpeedConfig(settings)
-        return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
-    except Exception as error:  # of many kinds, assertions and bare ones among them
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--deepspeed_config: DeepSpeed refuses the settings ({what[:300]})") from error
 
 
 def _heads(streams: tuple[Stream, ...]) -> dict[str, int]:

@@ -62,6 +62,30 @@ def training_parser(description: str) -> Parser:
         metavar="NAME|FILE",
         help="irm_tiny, irm_base or a JSON file (default: irm_tiny on the mini data, else irm_base)",
     )
+    add(
+        "--backbone",
+        metavar="NAME",
+        help="pre-trained ViT that the editing transformer begins with: deit, albef, hap, pass, or timm:NAME, a plain "
+        "ViT of timm (default: none, from nothing)",
+    )
+    add(
+        "--pretrained",
+        metavar="FILE",
+        help="weights of --backbone, safetensors or torch (default: for timm:NAME those that timm fetches)",
+    )
+    add(
+        "--instruction-pretrained",
+        metavar="FILE|DIR",
+        help="what the instruction encoder begins with and stays: ALBEF.pth (both towers) or the folder of a BERT (the "
+        "text tower; default: none, it begins from nothing and learns)",
+    )
+    add(
+        "--vocabulary",
+        metavar="FILE|DIR",
+        help="vocab.txt or tokenizer.json; ALBEF.pth needs that of bert-base-uncased (default: of the BERT folder, "
+        "else built from the captions)",
+    )
+    add("--train-instruction", action="store_true", help="let a pre-trained instruction encoder learn, too")
     add("--steps", type=int, metavar="N", help="optimiser steps (default: 1200 for irm_tiny, else 24000)")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, sampling and augmentation (default: 0)")
     add("--resume", action="store_true", help="go on from the latest checkpoint in --output")
@@ -94,9 +118,29 @@ def training_parser(description: str) -> Parser:
         metavar="N",
         help="micro-steps that each trad stream trains before the other tasks begin (default: 25 for irm_tiny, else 0)",
     )
+    add(
+        "--loss-weights",
+        type=_weights,
+        metavar="NAME=W,..",
+        help="factors of the losses of tasks or of single streams (TASK/DATASET), 1 where not named (default: all 1)",
+    )
+    add("--no-editing", action="store_true", help="E_e without instruction, a plain ViT: the paper's 'w/o editing'")
     add("--no-fused", action="store_true", help="attention by the eager reference instead of the kernels")
     add("--image-size", type=_size, metavar="HxW", help="pixels (default: 128x64 for irm_tiny, else 256x128)")
     add("--lr", type=float, help="peak learning rate (default: 1.2e-3 for irm_tiny, else 1e-5)")
+    add(
+        "--lr-new",
+        type=float,
+        metavar="F",
+        help="factor of the rate of layers that are never pre-trained: heads, "
+        "gates, instruction projections, E_f (default: 1 for irm_tiny, else 10)",
+    )
+    add(
+        "--layer-decay",
+        type=float,
+        metavar="F",
+        help="factor of the rate for each layer of E_e further from its output (default: 1)",
+    )
     add(
         "--warmup",
         type=int,
@@ -130,6 +174,18 @@ def training_parser(description: str) -> Parser:
         metavar="FILE",
         help="DeepSpeed settings, JSON (default: ZeRO 0; recipes/deepspeed/ has others)",
     )
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="evaluate weights averaged over the steps, such as 0.999 (default: 0, off)",
+    )
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="compute E_e's blocks again in the backward pass: less memory, about a quarter more time",
+    )
+    add("--compile", action="store_true", help="E_e's blocks by torch.compile")
     add("--device", choices=("auto", "cpu", "cuda"), help="default: auto, a GPU where there is one")
     add("--workers", type=int, metavar="N", help="decoding threads per rank (default: 2)")
     add(
@@ -138,7 +194,14 @@ def training_parser(description: str) -> Parser:
         metavar="N",
         help="steps between checkpoints (default: 250 for irm_tiny, else 1000)",
     )
-    add("--keep", type=int, metavar="N", help="newest checkpoints kept (default: 2)")
+    add("--keep", type=int, metavar="N", help="newest checkpoints kept, beside the best (default: 2)")
+    add(
+        "--eval-every",
+        type=int,
+        metavar="N",
+        help="steps between evaluations while training, which note the best "
+        "checkpoint and keep it (default: 0, only at the end)",
+    )
     add(
         "--feature",
         choices=("cls", "fout", "concat"),
@@ -173,17 +236,25 @@ def training_config(recipe: str, args: argparse.Namespace) -> TrainConfig:
         raise InputError("--check --no-eval: what is checked has to be evaluated; leave one of them out")
     name = args.config or ("irm_base" if args.data else "irm_tiny")
     changes: dict[str, Any] = {"image_size": args.image_size} if args.image_size else {}
-    model = model_config(name, **changes, **({"fused": False} if args.no_fused else {}))
+    changes |= {part: False for part in ("fused", "editing") if getattr(args, f"no_{part}")}
+    model = model_config(name, **changes)
     values: dict[str, Any] = dict(PRESETS.get(name, PRESETS["irm_base"]))
     given = ["steps", "ids", "images_per_id", "window", "lr", "warmup", "margin", "mining", "device", "workers"]
     given += ["checkpoint_every", "keep", "feature", "shares", "temperature", "ahead", "label_smoothing"]
+    given += ["loss_weights", "lr_new", "layer_decay", "ema", "eval_every"]
+    given += ["backbone", "pretrained", "instruction_pretrained", "vocabulary"]
+    for key in given[-3:]:
+        file = getattr(args, key)
+        if file and not args.resume and not os.path.exists(file):  # a checkpoint holds what was in them
+            raise InputError(f"--{key.replace('_', '-')} {file}: not there; name a file that is")
     values |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     if args.temperature and args.shares is None:
         values["shares"] = {}  # not the preset's
     if args.warmup is None:
         values["warmup"] = min(values["warmup"], values["steps"] // 5)
-    flags = ("resume", "quick", "save_features", "log_samples", "global_losses", "plain_triplet", "allow_missing")
-    for key in ("seed", *flags):
+    flags = ["resume", "quick", "save_features", "log_samples", "global_losses", "plain_triplet", "allow_missing"]
+    flags += ["checkpointing", "compile"]
+    for key in ("seed", "train_instruction", *flags):
         values[key] = getattr(args, key)
     values["baselines"] = args.check
     if args.deepspeed_config:
@@ -307,6 +378,13 @@ def _shares(text: str) -> dict[str, int]:
     if any(task not in TASKS or not number.isdigit() for task, _, number in pairs):
         raise argparse.ArgumentTypeError(f"expected TASK=N,.. with tasks of {','.join(TASKS)}, got {text!r}")
     return {task: int(number) for task, _, number in pairs}
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        return {name: float(number) for name, _, number in (pair.partition("=") for pair in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=W,.. with tasks or streams, got {text!r}") from None
 
 
 def default_output(recipe: str) -> str:

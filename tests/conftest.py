@@ -1,9 +1,11 @@
 """Fixtures: one small drawn data set for the whole test run, and a way to run a recipe as users do."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +73,47 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def recipe(*arguments: str | Path, timeout: int = 300) -> subprocess.CompletedProcess:
+# Before a command: root, too, must not read what nobody may.
+AS_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+def recipe(*arguments: str | Path, timeout: int = 300, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess:
     """`python ARGUMENTS...` from the checkout: one rank, without the launcher."""
-    return _run([sys.executable, *map(str, arguments)], ROOT, timeout)
+    return _run([*prefix, sys.executable, *map(str, arguments)], ROOT, timeout)
 
 
-def launch(*arguments: str | Path, ranks: int = 1, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+def launch(
+    *arguments: str | Path, ranks: int = 1, cwd: Path = ROOT, timeout: int = 300, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess:
     """`deepspeed [--num_gpus N] ARGUMENTS...` from the checkout, output captured as text."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
-    command = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(free_port()), *map(str, arguments)]
+    command = [
+        *prefix,
+        str(deepspeed),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        *map(str, arguments),
+    ]
     return _run(command, cwd, timeout)
+
+
+def forked(folder: Path, runs: list[dict]) -> str:
+    """What these trainings said (tests/forked.py); their ranks must end with `codes`, by default 0."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    done = subprocess.run(
+        [sys.executable, "tests/forked.py", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for run, codes in zip(runs, json.loads(done.stdout), strict=True):
+        assert codes == run.get("codes", [run.get("code", 0)] * run.get("ranks", 1)), done.stderr[-3000:]
+    return done.stderr
+
+
+def options(mini: Path, output: Path, stage: int = 0, **change) -> dict:
+    return {"data": str(mini), "output": str(output), "deepspeed": {"zero_optimization": {"stage": stage}}, **change}
 
 
 def _run(command: list[str], cwd: Path, timeout: int) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from conftest import SMALL
 
-from engine import checkpoint, training
+from engine import training, zero
 from engine.config import TrainConfig
 from engine.losses import TrainingModel
 from recipes import options
@@ -42,14 +42,14 @@ class Broken(TrainingModel):
 
 
 def weights(ds_engine) -> torch.Tensor:
-    whole = checkpoint._whole_weights(ds_engine, ds_engine.module)
+    whole = zero.weights(ds_engine, ds_engine.module)
     return torch.cat([value.flatten() for name, value in whole.items() if "running" not in name])
 
 
 def main() -> int:
     data, output, kind, stages = sys.argv[-4:]
     training.TrainingModel, Broken.kind = Broken, kind
-    step, changed = training._step, []
+    step, changed = zero.step, []
 
     def watched(ds_engine, *arguments):
         ends = ds_engine.is_gradient_accumulation_boundary()
@@ -61,7 +61,7 @@ def main() -> int:
             changed.append(not torch.equal(before, after))
         return norm
 
-    training._step = watched
+    zero.step = watched
     for stage in map(int, stages):
         Broken.micro_step = 0
         changed.clear()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, launch
+from conftest import AS_USER, SMALL, launch
 from conftest import recipe as recipe_run
 from PIL import Image
 from test_pipeline import damaged
@@ -560,6 +560,8 @@ def damage(file: Path, how: str) -> None:
     elif how == "a bit":
         at = random.randrange(len(content))
         file.write_bytes(content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :])
+    elif how == "forbidden":
+        file.chmod(0)
     elif how == "another picture":
         Image.new("RGB", (9, 9)).save(file, "png")
     elif how == "gif":
@@ -568,7 +570,7 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes({"cut": content[: random.randrange(1, len(content))], "empty": b"", "text": b"text"}[how])
 
 
-BEFORE = ("cut", "empty", "text", "gif")  # what an index finds
+BEFORE = ("cut", "empty", "text", "gif", "forbidden")  # what an index finds
 AFTER = (*BEFORE, "a bit", "vanished", "a link to nothing", "another picture")
 
 
@@ -590,14 +592,14 @@ def test_training_on_a_folder_with_damaged_files(mini, tmp_path):
     early, late = set(chosen[::2]), set(chosen[1::2])
     for number, file in enumerate(early):
         damage(file, BEFORE[number % len(BEFORE)])
-    index_folder(data, threads=2, say=lambda line: None)
+    assert recipe_run("recipes/data.py", "index", "--data", data, prefix=AS_USER).returncode == 0
     for number, file in enumerate(sorted(late)):
         damage(file, AFTER[number % len(AFTER)])
     model = tmp_path / "small.json"
     model.write_text(json.dumps(asdict(SMALL)))
     output, steps = tmp_path / "run", 12
     options = ["--data", data, "--config", model, "--ids", "4", "--no-eval", "--steps", str(steps), "--output", output]
-    done = launch("recipes/mtl.py", *options, ranks=ranks)
+    done = launch("recipes/mtl.py", *options, ranks=ranks, prefix=AS_USER)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "parsed" not in done.stdout
     config = TrainConfig.from_json((output / "config.json").read_text())
@@ -616,6 +618,8 @@ def test_training_on_a_folder_with_damaged_files(mini, tmp_path):
     rows = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
     assert len({row["path"] for row in rows}) == len(rows)
     assert all(row["reason"] for row in rows)
+    assert "cannot be read (Permission denied)" in {row["reason"] for row in rows if row["step"] == 0}
+    assert "cannot be read (Permission denied)" in {row["reason"] for row in rows if row["step"] > 0}
     known, met = ({Path(row["path"]) for row in rows if (row["step"] == 0) == indexed} for indexed in (True, False))
     assert known == early
     assert late & asked <= met <= late  # a substitute may be damaged as well

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,7 +124,7 @@ def test_zero_3_counts_each_gradient_once(mini, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=slow)])
 def test_a_full_disk_ends_all_ranks_and_keeps_older_checkpoints(mini, copy, ranks):
-    """A limit on the size of a file stands for the disk: DeepSpeed's state, written by every rank, exceeds it."""
+    """A limit on the size of a file stands for the disk: the weights exceed it."""
     if ranks > 1:
         shutil.rmtree(copy)
         assert launch(*training(mini, copy, 4), ranks=ranks).returncode == 0
@@ -192,6 +193,7 @@ def test_weights_that_are_not_finite(mini, small, tmp_path):
     weights = load_file(tmp_path / "broken/model.safetensors")
     weights["edit.norm.weight"][0] = float("nan")
     save_file(weights, tmp_path / "broken/model.safetensors")
+    (tmp_path / "broken/SHA256SUMS").unlink()
     with pytest.raises(InputError, match="the model's features of trad/market1501 are not finite"):
         engine.evaluate(tmp_path / "broken", mini, datasets=("market1501",), tasks=("trad",), quick=True)
 
@@ -328,6 +330,13 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def flip(file: Path) -> None:
+    """One bit of the last weight."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
@@ -339,6 +348,8 @@ def change(file: Path, **values) -> None:
         (lambda c: shutil.rmtree(c.parent), "no checkpoint there"),
         (lambda c: cut(c / "model.safetensors"), "model.safetensors: damaged or cut short"),
         (lambda c: (c / "model.safetensors").write_text("x"), "model.safetensors: damaged or cut short"),
+        (lambda c: flip(c / "model.safetensors"), "model.safetensors: damaged or cut short .its sum is not that of"),
+        (lambda c: ((c / "SHA256SUMS").unlink(), cut(c / "model.safetensors")), "model.safetensors: damaged or cut"),
         (lambda c: (c / "config.json").write_text('{"steps"'), "config.json: .*not JSON"),
         (lambda c: change(c / "config.json", steps="abc"), "config.json: .*steps 'abc': expected int"),
         (lambda c: change(c / "config.json", stepz=1), "config.json: .*unknown fields stepz"),
@@ -373,7 +384,12 @@ def test_latest_that_points_to_nothing(copy, content):
         ({"model": replace(SMALL, depth=2)}, {}, None, "has depth 1, this run has 2; give the same options"),
         ({"seed": 1}, {}, None, "has seed 0, this run has 1"),
         ({}, {"streams": ["trad/msmt17"]}, None, "has streams"),
-        ({}, {"world": 2}, None, "has world 1, this run has 2"),
+        (
+            {},
+            {"batches": [[3, 4]]},
+            None,
+            r"has batches \[\[4, 4\]\], this run has \[\[3, 4\]\].*divide the batches alike",
+        ),
         ({}, {}, "other words", "another vocabulary"),
     ],
 )
@@ -386,11 +402,23 @@ def test_resuming_another_run(small, config, state, tokenizer, message):
         )
 
 
-@slow
-def test_resuming_without_the_optimiser(mini, copy):
-    shutil.rmtree(copy / "checkpoints" / "step-00000004" / "deepspeed")
-    said = one_line(recipe(*training(mini, copy, 6), "--resume"))
-    assert "step-00000004/deepspeed cannot be loaded" in said
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: (c / "optimizer.safetensors").unlink(), "optimizer.safetensors: No such file.* resume from the one"),
+        (lambda c: flip(c / "optimizer.safetensors"), "optimizer.safetensors: damaged or cut .*resume from the one"),
+        (lambda c: flip(c / "model.safetensors"), "model.safetensors: damaged or cut .*resume from the one before"),
+        (lambda c: (c / "SHA256SUMS").write_bytes(b"\xff"), "SHA256SUMS: cannot be read"),
+        (lambda c: change(c / "state.json", batches=None), "made by an older engine"),
+    ],
+)
+def test_resuming_a_damaged_checkpoint(copy, damage, message):
+    folder = copy / "checkpoints" / "step-00000004"
+    config, stored, tokenizer = checkpoint.read_facts(folder)
+    model = checkpoint.load_model(folder)[0]
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        checkpoint.resume(copy / "checkpoints", model, stored, config, tokenizer, CPU)
 
 
 @slow
@@ -418,3 +446,35 @@ def wait_for(what, seconds: float = 120) -> None:
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("listening", "message"),
+    [
+        (True, "error: --master_port {port}: in use on 127.0.0.1; choose another\n"),
+        (False, "error: the ranks did not meet at 127.0.0.1:{port} (1 of 2 ranks came within 2 s); is every machine "),
+    ],
+)
+def test_ranks_that_do_not_meet(listening, message):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        if listening:
+            other.listen()
+        else:
+            other.close()
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        code = f"import os, sys, datetime; os.environ |= {place}; sys.path.insert(0, '.')\n"
+        code += "from engine import runtime; from recipes import options\n"
+        code += "runtime.JOIN = datetime.timedelta(seconds=2)\n"
+        code += "sys.exit(options.run(lambda: runtime.start('cpu')))"
+        done = recipe("-c", code)
+    assert done.returncode == 2
+    assert message.format(port=port) in done.stderr
+    assert "Traceback" not in done.stderr

@@ -56,6 +56,17 @@ def test_identity_losses_follow_the_configuration():
         torch.testing.assert_close(terms[f"id_{name}"], F.cross_entropy(logits, LABELS), rtol=1e-3, atol=1e-4)
 
 
+def test_a_stream_has_its_weight_or_that_of_its_task(training):
+    plain = [training(batch(stream)) for stream in (0, 1)]
+    for weights, factors in (({"li": 0.25}, (0.25, 1)), ({"li/a": 3.0, "li": 0.5, "t2i": 0.0}, (3, 0))):
+        training.config = TrainConfig(loss_weights=weights)
+        training.chance.manual_seed(training.chance.initial_seed())
+        weighted = [training(batch(stream)) for stream in (0, 1)]
+        torch.testing.assert_close(weighted[0][0], factors[0] * plain[0][0])
+        assert weighted[0][1] == plain[0][1]  # the terms are logged as they are
+        torch.testing.assert_close(weighted[1][0], factors[1] * torch.stack(list(weighted[1][1].values())).sum())
+
+
 def test_centred_instructions_are_compared_about_their_mean():
     torch.manual_seed(0)
     instructions = 20 + torch.randn(6, 8, dtype=torch.float64)

@@ -257,3 +257,60 @@ def test_kernels_and_their_reference_give_the_same_model():
         results.append([*features, *(p.grad for p in model.edit.parameters() if p.grad is not None)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_drop_path_leaves_branches_out_at_their_rates():
+    """Each sample, layer and branch by itself; what is kept is enlarged, so that the mean stays."""
+    torch.manual_seed(0)
+    model = editing(drop_path=0.4)
+    x = torch.randn(4000, 9, 48)
+    keep = model._keep(x)
+    assert keep.shape == (3, 2, 4000, 1, 1)
+    for rate, layer in zip((0.0, 0.2, 0.4), keep.flatten(2), strict=True):
+        assert set(layer.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - rate)).item()}
+        assert ((layer == 0).float().mean(1) - rate).abs().max() < 0.03
+    assert not torch.equal(keep[2, 0], keep[2, 1])
+    block, tokens = model.blocks[2], torch.randn(2, 9, 48)
+    given = torch.tensor([[0.0, 2.0], [3.0, 0.0]])[..., None, None]
+    middle = tokens + given[0] * block.attn(block.norm1(tokens), None, None, None)
+    torch.testing.assert_close(
+        block(tokens, None, None, None, given), middle + given[1] * block.mlp(block.norm2(middle))
+    )
+    images = torch.randn(2, 3, 64, 32)
+    assert torch.equal(model.eval()(images), model(images))
+
+
+def test_checkpointing_and_compiling_change_no_number():
+    """Of features and gradients, drop path included; memory is what checkpointing saves: of what E_e's blocks keep for
+    the backward pass, but their inputs."""
+    images, words = torch.randn(4, 3, 64, 32), torch.randn(4, 7, 40)
+    results, kept = [], []
+    for way in ("plain", "checkpointing", "compile"):
+        torch.manual_seed(0)
+        model = editing(drop_path=0.4, gate=0.5)
+        model.checkpointing = way == "checkpointing"
+        for block in model.blocks if way == "compile" else ():
+            block.compile(backend="aot_eager")
+        model.chance.manual_seed(1)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            features = model(images, words, torch.tensor([7, 3, 0, 1]))
+        features.square().sum().backward()
+        results.append([features, *(parameter.grad for parameter in model.parameters())])
+        kept.append(sum(sizes))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert kept[1] < kept[0] / 3
+
+
+def test_without_editing_the_instruction_reaches_fusion_alone():
+    torch.manual_seed(0)
+    model = IRM(replace(TINY, editing=False), 50, {"trad/a": 5}).eval()
+    assert not any("kv_ins" in name or "gates" in name for name, _ in model.named_parameters())
+    images, lengths = torch.randn(2, 3, *TINY.image_size), torch.tensor([9, 9])
+    a, b = (model.features(images, model.instruct.of_text(torch.randint(4, 50, (2, 9)), lengths)) for _ in range(2))
+    assert torch.equal(a.cls, b.cls)
+    assert (a.fout - b.fout).abs().max() > 1e-3
+    assert torch.equal(a.tokens, model.features(images, None).tokens)

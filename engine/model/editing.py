@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.ranks import place
@@ -31,37 +32,29 @@ class Attention(nn.Module):
         return self.proj(self.attend(qkv, kv_ins, gate, ins_lengths=lengths).reshape(B, N, C))
 
 
-class DropPath(nn.Module):
-    """Leaves a residual branch out for a sample with probability `rate` in training (Huang et al. 2016). Drawn for the
-    batch of all ranks by a generator that all ranks seed alike, so the number of ranks changes nothing."""
-
-    def __init__(self, rate: float, generator: torch.Generator):
-        super().__init__()
-        self.rate, self.generator = rate, generator
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.rate:
-            return x
-        rank, world = place()
-        drawn = torch.rand(world, len(x), generator=self.generator)[rank]
-        return x * ((drawn >= self.rate) / (1 - self.rate)).to(x)[:, None, None]
-
-
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, generator: torch.Generator, fused: bool):
+    def __init__(self, width: int, heads: int, fused: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, fused)
-        self.drop_path1 = DropPath(drop_path, generator)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
-        self.drop_path2 = DropPath(drop_path, generator)
 
-    def forward(self, x: Tensor, kv_ins: Tensor | None, gate: Tensor | None, lengths: Tensor | None) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), kv_ins, gate, lengths))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+    def forward(
+        self,
+        x: Tensor,
+        kv_ins: Tensor | None,
+        gate: Tensor | None,
+        lengths: Tensor | None,
+        keep_2B11: Tensor | None,
+    ) -> Tensor:
+        """keep: factors of the two residual branches, one for each sample; None: 1."""
+        attended = self.attn(self.norm1(x), kv_ins, gate, lengths)
+        x = x + (attended if keep_2B11 is None else keep_2B11[0] * attended)
+        edited = self.mlp(self.norm2(x))
+        return x + (edited if keep_2B11 is None else keep_2B11[1] * edited)
 
 
 class ConvStem(nn.Module):
@@ -118,9 +111,10 @@ class EditingTransformer(nn.Module):
         if part_tokens:
             self.part_tokens = nn.Parameter(torch.zeros(1, part_tokens, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.class_tokens + self.grid[0] * self.grid[1], width))
-        rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
-        self.chance = torch.Generator()
-        self.blocks = nn.ModuleList(Block(width, heads, rate, self.chance, fused) for rate in rates)
+        self.rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
+        self.chance = torch.Generator()  # drop path; all ranks seed it alike
+        self.checkpointing = False  # compute each block again in the backward pass instead of keeping what it computed
+        self.blocks = nn.ModuleList(Block(width, heads, fused) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if instruction_width is not None:
             self.kv_ins = nn.Linear(instruction_width, depth * 2 * width)  # K', V' of all layers in one product
@@ -139,7 +133,7 @@ class EditingTransformer(nn.Module):
         """tokens_BMC: F_T [B, M, E], or [1, M, E] when one instruction serves the batch; lengths [B or 1] valid
         tokens; stem: used in place of its own."""
         x = (stem or self.patch_embed)(images)
-        B = len(x)
+        B = x.shape[0]
         starts = [self.cls_token.expand(B, -1, -1)]
         if self.cls_stem is not None:
             starts[0] = starts[0] + self.cls_stem(x.flatten(1))[:, None]
@@ -154,9 +148,22 @@ class EditingTransformer(nn.Module):
             kv_LBM2HD = list(kv.expand(B, -1, -1, -1, -1, -1).unbind(2))
             gates = list(self.gates.unbind(0))
             lengths = None if lengths is None else lengths.expand(B)
-        for block, kv_ins, gate in zip(self.blocks, kv_LBM2HD, gates, strict=True):
-            x = block(x, kv_ins, gate, lengths)
+        keep_L2B11 = self._keep(x) if self.training and any(self.rates) else [None] * len(self.blocks)
+        for block, kv_ins, gate, keep in zip(self.blocks, kv_LBM2HD, gates, keep_L2B11, strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, kv_ins, gate, lengths, keep, use_reentrant=False)
+            else:
+                x = block(x, kv_ins, gate, lengths, keep)
         return self.norm(x)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        """[depth, 2, B, 1, 1]: what the residual branches are multiplied with, 0 with the layer's rate, else so that
+        the mean is 1 (drop path, Huang et al. 2016). Drawn for the batch of all ranks, so their number changes
+        nothing."""
+        rank, world = place()
+        drawn = torch.rand(len(self.rates), 2, world, len(x), generator=self.chance)[:, :, rank]
+        rates = torch.tensor(self.rates)[:, None, None]
+        return ((drawn >= rates) / (1 - rates)).to(x)[..., None, None]
 
     def attention_map(self, images: Tensor, tokens_BMC: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """[B, h, w] float32, h x w patches: where the CLS looks in the last block. The mean over heads of its softmax

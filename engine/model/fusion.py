@@ -25,7 +25,7 @@ class Fusion(nn.Module):
 
     def forward(self, image: Tensor, instruction: Instruction) -> Tensor:
         """Padded instruction tokens are masked by length: padding changes nothing."""
-        B = len(image)
+        B = image.shape[0]
         words = self.project(instruction.tokens).expand(B, -1, -1)
         ask = torch.cat([image[:, :1], words], 1)  # the picture's CLS among the instruction's tokens
         see = torch.cat([words[:, :1], image], 1)  # the instruction's CLS among the picture's tokens

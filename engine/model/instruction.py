@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -27,7 +27,11 @@ class Instruction(NamedTuple):
 
 
 class InstructionEncoder(nn.Module):
-    """Sentences or clothes pictures -> Instruction."""
+    """Sentences or clothes pictures -> Instruction.
+
+    frozen  towers ("text", "picture") that stay as they are, see `freeze`
+    known   what a frozen text tower made of sentences that serve whole batches: 60 in all, the tasks' fixed ones
+    """
 
     def __init__(self, config: ModelConfig, vocabulary: int):
         super().__init__()
@@ -56,9 +60,39 @@ class InstructionEncoder(nn.Module):
             cls_stem=config.cls_stem,
             fused=config.fused,
         )
+        self.frozen: tuple[str, ...] = ()
+        self.known: dict[tuple, Instruction] = {}
+        self.register_load_state_dict_post_hook(_forget)
+
+    def freeze(self, *towers: str) -> None:
+        """No gradients for these towers, and evaluation mode for good."""
+        self.frozen = towers
+        for name in towers:
+            self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> InstructionEncoder:
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def _apply(self, *arguments: Any, **options: Any) -> InstructionEncoder:
+        """Every change of device or type comes through here."""
+        self.known.clear()
+        return super()._apply(*arguments, **options)
 
     def of_text(self, ids: Tensor, lengths: Tensor) -> Instruction:
         """ids [T, L] int64, lengths [T] int64."""
+        if "text" not in self.frozen or len(ids) > 1:
+            return self._encode(ids, lengths)
+        key = *ids[0].tolist(), lengths.item(), ids.device, torch.is_autocast_enabled(ids.device.type)
+        if key not in self.known:
+            with torch.inference_mode(False):  # whoever asks first: training may use it later
+                self.known[key] = self._encode(ids, lengths)
+        return self.known[key]
+
+    def _encode(self, ids: Tensor, lengths: Tensor) -> Instruction:
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         tokens = self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return Instruction(tokens, lengths, tokens[:, 0])
@@ -67,6 +101,11 @@ class InstructionEncoder(nn.Module):
         """pictures [T, 3, h, w] float; stem: E_e's, where the tower has none of its own."""
         tokens = self.picture(pictures, stem=stem)
         return Instruction(tokens, None, tokens[:, 0])
+
+
+def _forget(encoder: InstructionEncoder, _: Any) -> None:
+    """After other weights were loaded."""
+    encoder.known.clear()
 
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -84,9 +123,14 @@ def build_tokenizer(sentences: Iterable[str], words: int = 30000) -> Tokenizer:
     characters = sorted({character for word in count for character in word})
     frequent = [word for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))][:words]
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *frequent]))}
+    return wordpiece({piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *frequent]))})
+
+
+def wordpiece(vocabulary: dict[str, int], lowercase: bool = True) -> Tokenizer:
+    """BERT's tokenizer over this vocabulary, which holds SPECIAL."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalize, split
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
     )

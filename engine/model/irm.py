@@ -38,14 +38,13 @@ class Features(NamedTuple):
 
 
 class Head(nn.Module):
-    """One stream's BNNecks and identity classifiers, for F and for F_out."""
+    """One stream's BNNecks and identity classifiers, for F and for F_out. identities 0: no classifiers, as exported."""
 
     def __init__(self, width: int, identities: int):
         super().__init__()
         self.neck = nn.ModuleDict({"cls": GlobalBatchNorm(width), "fout": GlobalBatchNorm(2 * width)})
-        self.classify = nn.ModuleDict(
-            {"cls": nn.Linear(width, identities, bias=False), "fout": nn.Linear(2 * width, identities, bias=False)}
-        )
+        sizes = {"cls": width, "fout": 2 * width} if identities else {}
+        self.classify = nn.ModuleDict({name: nn.Linear(size, identities, bias=False) for name, size in sizes.items()})
         for weight in self.classify.parameters():
             nn.init.normal_(weight, std=0.03)  # so that each identity pulls its own way from the first step
 
@@ -87,7 +86,7 @@ class IRM(nn.Module):
             part_tokens=config.part_tokens,
             drop_path=config.drop_path,
             cls_stem=config.cls_stem,
-            instruction_width=config.instruction_width,
+            instruction_width=config.instruction_width if config.editing else None,
             gate=config.gate,
             fused=config.fused,
         )
@@ -119,7 +118,8 @@ class IRM(nn.Module):
         if instruction is None:
             tokens = self.edit(images)
             return Features(tokens[:, 0], None, None, tokens)
-        tokens = self.edit(images, instruction.tokens, instruction.lengths)
+        told = (instruction.tokens, instruction.lengths) if self.config.editing else ()
+        tokens = self.edit(images, *told)
         return Features(tokens[:, 0], self.fuse(tokens, instruction), instruction, tokens)
 
     def head(self, stream: str) -> Head | None:
@@ -143,15 +143,15 @@ class IRM(nn.Module):
 
     def image_embedding(self, features: Features, stream: str) -> Tensor:
         """[B, embed] unit vectors of pictures, for text-to-image search."""
-        projected, whitening = self.project_image(features.cls), self._whitening(stream)
+        projected, whitening = self.project_image(features.cls), self.whitening(stream)
         return F.normalize(projected if whitening is None else whitening.image(projected), dim=-1)
 
     def text_embedding(self, instruction: Instruction, stream: str) -> Tensor:
         """[T, embed] unit vectors of sentences."""
-        projected, whitening = self.project_text(instruction.cls), self._whitening(stream)
+        projected, whitening = self.project_text(instruction.cls), self.whitening(stream)
         return F.normalize(projected if whitening is None else whitening.text(projected), dim=-1)
 
-    def _whitening(self, stream: str) -> Whitening | None:
+    def whitening(self, stream: str) -> Whitening | None:
         """The stream's own; that of the first for a stream not trained on: unlike a neck, it cannot be done without."""
         if not self.whiten:
             return None
