@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.config import TrainConfig
     from engine.evaluation import evaluate
+    from engine.extractor import load
     from engine.training import train
 
-__all__ = ["TrainConfig", "evaluate", "train"]
+__all__ = ["TrainConfig", "evaluate", "load", "train"]
 
-_MODULE = {"TrainConfig": "config", "evaluate": "evaluation", "train": "training"}
+_MODULE = {"TrainConfig": "config", "evaluate": "evaluation", "load": "extractor", "train": "training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from engine.data.files import Item
 from engine.data.index import Box, Index, find_indexes
 from engine.data.pipeline import DecodeError, PicturePipeline, Pictures, plain
 from engine.errors import InputError
+from engine.graphs import Graphs
 from engine.instructions import SENTENCES
 from engine.model.instruction import Instruction, tokenize
 from engine.model.irm import IRM
@@ -94,6 +95,7 @@ def evaluate(
     feature: str | None = None,
     released: bool = False,
     allow_missing: bool = False,
+    backend: str = "torch",
     device: torch.device | str = "cpu",
     runtime: Runtime | None = None,
     arrays: dict[str, np.ndarray] | None = None,
@@ -104,10 +106,12 @@ def evaluate(
     with_baselines  measure what `evaluate_model` calls baselines as well
     released        cut rankings as the released Instruct-ReID evaluator does; protocols are called NAME:instruct
     allow_missing   leave damaged test images out; `missing` of the result says how many, per data set
+    backend         "torch", or with an exported folder "onnx" or "torch-export": features by its graphs
     runtime         ranks that share the work (None on all but rank 0 comes back); None: this process alone, on `device`
     """
     runtime = runtime or Runtime(torch.device(device))
-    model, config, state, tokenizer = checkpoint.load_model(Path(checkpoint_path))
+    folder = checkpoint.find(Path(checkpoint_path))
+    model, config, state, tokenizer = checkpoint.load_model(folder)
     config = config.but(
         quick=quick,
         baselines=with_baselines,
@@ -121,7 +125,7 @@ def evaluate(
     torch.manual_seed(config.seed)
     untrained = IRM(config.model, state.vocabulary, state.heads, state.matching)
     metrics = evaluate_model(
-        model.to(runtime.device),
+        model.to(runtime.device) if backend == "torch" else Graphs(folder, backend, runtime.device),
         indexes,
         tokenizer,
         config,
@@ -130,11 +134,11 @@ def evaluate(
         arrays=arrays,
         report=report,
     )
-    return metrics and metrics | {"checkpoint": str(checkpoint.find(Path(checkpoint_path)))}
+    return metrics and metrics | {"checkpoint": str(folder)}
 
 
 def evaluate_model(
-    model: IRM,
+    model: IRM | Graphs,
     indexes: list[Index],
     tokenizer: Tokenizer,
     config: TrainConfig,
@@ -259,7 +263,7 @@ class Evaluation:
 
     def __init__(
         self,
-        model: IRM,
+        model: IRM | Graphs,
         task: Task,
         index: Index,
         protocols: list[Protocol],
@@ -270,8 +274,10 @@ class Evaluation:
         *,
         rescore: bool = True,
     ):
-        self.model, self.task, self.index, self.tokenizer = model, task, index, tokenizer
+        self.task, self.index, self.tokenizer = task, index, tokenizer
         self.stream = f"{task.name}/{index.name}"
+        # of the graphs what has the methods that are used here
+        self.model = model if isinstance(model, IRM) else cast(IRM, model.at(self.stream))
         self.config, self.runtime, self.threads, self.rescore = config, runtime, threads, rescore
         self.truncate = INSTRUCT if config.released else None
         self.trials = {protocol: protocol.trials(index, config.quick) for protocol in protocols}

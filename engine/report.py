@@ -180,7 +180,7 @@ def _pictures(
 
 
 def _device(run: Evaluation) -> torch.device:
-    return next(run.model.parameters()).device
+    return run.runtime.device
 
 
 def _facts(run: Evaluation, row: int) -> str:

@@ -20,7 +20,13 @@ from recipes import options
 def main() -> int:
     parser = options.Parser(description=str(__doc__), formatter_class=options.RawHelp, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint folder, or a run's --output folder")
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, a run's --output or an exported folder")
+    add(
+        "--backend",
+        choices=("torch", "onnx", "torch-export"),
+        default="torch",
+        help="what computes the features: the model, or the graphs of an exported folder (default: torch)",
+    )
     add("--data", metavar="DIR", help=f"folder with the data sets (default: {options.MINI})")
     add("--output", metavar="DIR", help="folder for metrics.json and retrieval.html (default: runs/evaluate-TIME)")
     add("--dataset", metavar="A,B", help="only these data sets (default: all found)")
@@ -48,6 +54,8 @@ def main() -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     args = parser.parse_args()
+    if args.attention and args.backend != "torch":
+        raise InputError(f"--attention --backend {args.backend}: graphs do not show where they look; leave one out")
     options.mini_data(args.data)
 
     from engine.evaluation import evaluate, write_features
@@ -73,6 +81,7 @@ def main() -> int:
         feature=args.feature,
         released=args.released,
         allow_missing=args.allow_missing,
+        backend=args.backend,
         runtime=start(args.device) if launched else Runtime(pick_device(args.device)),
         arrays=arrays if args.save_features else None,
         report=report,
