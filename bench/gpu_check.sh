@@ -52,6 +52,11 @@ if "$python" -c "import pyarrow" 2> /dev/null; then
 else
   echo "== rank: skipped, pyarrow is not installed"
 fi
+if "$python" -c "import timm, transformers" 2> /dev/null; then
+  step step 100 "$python" bench/step.py --batch 32 128 --rounds 10 --json "$logs/step.json" --plot "$logs/step.png"
+else
+  echo "== step: skipped, timm or transformers is not installed"
+fi
 step compile_report 120 "$python" bench/compile_report.py --json "$logs/compile_report.json"
 if command -v compute-sanitizer > /dev/null; then
   step sanitizer 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu -k "normal or equal" \

@@ -150,10 +150,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     run()
     if device.type != "cuda":
         ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         run()
-        return _resident("VmHWM") - before
+        return resident("VmHWM") - before
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -162,7 +162,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes of the process's memory: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))

@@ -5,17 +5,26 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn.functional as F
+from conftest import ROOT, SMALL
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from bench import attention, compile_report, measure, starts, triplet
 from bench import loader as loader_benchmark
 from bench import rank as rank_benchmark
+from bench import step as step_benchmark
 from bench import topk as topk_benchmark
 from bench.compiled import ctas_per_sm
+from engine.config import MODELS, TrainConfig
 from engine.data import pipeline
+from engine.data.record import Batch
+from engine.losses import TrainingModel
+from engine.model.editing import EditingTransformer
+from engine.model.irm import IRM
 
 
 def test_bytes_and_flops_of_attention_by_hand():
@@ -326,3 +335,301 @@ def test_loader_benchmark_from_the_command_line(tmp_path):
     assert [row["rival"] for row in timed] == READERS * 2
     assert {row["case"] for row in timed} == {"bare", "augmented"}
     assert all(row["images/s"] > 0 and 2000 < row["bytes"] < 6000 for row in timed)
+
+
+@pytest.mark.parametrize("told", ["ragged", "whole", "one for all", "nothing"])
+def test_the_plain_step_attends_as_the_kernels_do(told):
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 7, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    kv_ins = torch.randn(3, 5, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    gate = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    inputs, lengths = [qkv, kv_ins, gate], torch.tensor([1, 5, 3]) if told == "ragged" else None
+    instruction = kv_ins[:1].expand(3, -1, -1, -1, -1) if told == "one for all" else kv_ins
+    arguments = [qkv] if told == "nothing" else [qkv, instruction, gate]
+    inputs = inputs[: len(arguments)]
+    toward = torch.randn(3, 7, 2, 4, dtype=torch.float64)
+    runs = []
+    for attend in (step_benchmark.concatenated, kernels.gated_attention_packed):
+        out = attend(*arguments, ins_lengths=lengths)
+        runs.append([out, *torch.autograd.grad(out, inputs, toward)])
+    for got, want in zip(*runs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # gates are used in float32 by the kernels
+
+
+def plain_and_ours(dtype: torch.dtype):
+    """A model, its released losses, the engine's model of them, and a batch with a sentence for each image."""
+    torch.manual_seed(0)
+    model = IRM(SMALL, 20, {"li/x": 3}).to(dtype)
+    torch.nn.init.normal_(model.edit.gates)
+    images, lengths = torch.randn(12, 3, *SMALL.image_size, dtype=dtype), 3 + torch.arange(12) % 5
+    batch = Batch(0, images, torch.arange(3).repeat_interleave(4), torch.randint(4, 20, (12, 8)), lengths, None)
+    config = TrainConfig(model=SMALL, mining="hard")
+    return model, step_benchmark.Released(model, "li/x"), TrainingModel(model, config, ["li/x"], [False]), batch
+
+
+def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def test_the_plain_step_has_the_engine_s_loss():
+    model, released, ours, batch = plain_and_ours(torch.float32)
+    want = ours(batch)[0]
+    step_benchmark.attend_by(model, "released")
+    torch.testing.assert_close(released(batch)[0], want, rtol=1e-5, atol=0)
+
+
+def test_the_plain_step_has_our_gradients_in_float64():
+    """The engine's losses are float32: here the same sum by the same kernels and modules in float64."""
+    model, released, _, batch = plain_and_ours(torch.float64)
+    features, head = model(batch), model.head("li/x")
+    want = 0
+    for name in ("cls", "fout"):
+        value = getattr(features, name)
+        unit, told = F.normalize(value, dim=-1), features.instruction.cls
+        want = want + kernels.adaptive_triplet(unit, batch.labels, told, mining="hard")
+        want = want + F.cross_entropy(head.classify[name](head.neck[name](value)), batch.labels)
+    want_gradients = gradients(want, model)
+    step_benchmark.attend_by(model, "released")
+    got = released(batch)[0]
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=0)
+    got_gradients = gradients(got, model)
+    assert got_gradients.keys() == want_gradients.keys()
+    assert len(got_gradients) > 40
+    for name, gradient in got_gradients.items():
+        scale = want_gradients[name].abs().max().clamp(min=1e-3)
+        assert ((gradient - want_gradients[name]).abs().max() / scale) < 1e-6, name  # gates are float32 in the kernels
+
+
+@pytest.mark.parametrize("name", ["pk", "big", "sentences"])
+def test_the_plain_step_mines_as_the_released_code(name):
+    stored = np.load(ROOT / "tests" / "data" / "released_triplet.npz")
+    want = json.loads((ROOT / "tests" / "data" / "released_triplet.json").read_text())[name]
+    x, t = (torch.from_numpy(stored[f"{name}_{part}"]).double() for part in ("features", "instructions"))
+    case = triplet.Case(x.requires_grad_(), torch.from_numpy(stored[f"{name}_labels"]).long(), t)
+    loss, gradient = triplet.with_gradient(step_benchmark.triplet.loop, case)
+    assert abs(loss.item() - want) < 1e-10
+    torch.testing.assert_close(gradient, torch.from_numpy(stored[f"{name}_gradient"]), rtol=1e-9, atol=1e-11)
+    step_benchmark.check_loop()
+
+
+def test_the_plain_step_reduces_twice_what_streams_share(monkeypatch):
+    """Two ranks with the same gradients: averages change nothing, however often they are taken."""
+    reduced = []
+    monkeypatch.setattr(step_benchmark.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(step_benchmark.dist, "all_reduce", lambda grad: reduced.append(grad.mul_(2)))
+    _, released, _, batch = plain_and_ours(torch.float32)
+    released(batch)[0].backward()
+    named = {name: p.grad.clone() for name, p in released.named_parameters() if p.grad is not None}
+    step_benchmark.reduce_one_by_one(released)
+    shared = [name for name in named if ".heads." not in name]
+    assert len(reduced) == len(named) + len(shared)
+    assert 0 < len(named) - len(shared) < 8
+    for name, parameter in released.named_parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, named[name])
+
+
+def test_collectives_are_taken_out_of_the_part_that_they_interrupt(monkeypatch):
+    clock = iter([0, 1, 10, 11, 14, 15, 16, 18, 30, 40, 45])
+    monkeypatch.setattr(step_benchmark.time, "perf_counter", lambda: float(next(clock)))
+    watch = step_benchmark.Watch(torch.device("cpu"))
+    with watch("data"):
+        pass  # 0 to 1
+    with watch("backward"):  # 10 to 30
+        with watch.collective(), watch.collective():  # 11 to 14; one inside of another counts once
+            pass
+        work = step_benchmark._Handle(type("Work", (), {"wait": lambda self: "done", "name": "sum"})(), watch)
+        with watch.collective():  # 15 to 16: it begins
+            pass
+        assert work.name == "sum"
+        clock = iter([18, 20, 30, 40, 45])
+        assert work.wait() == "done"  # 18 to 20
+    with watch.collective():  # in no step
+        pass
+    with watch("optimiser"):  # 40 to 45
+        pass
+    parts = {"data": 1.0, "forward": 0.0, "backward": 14.0, "optimiser": 5.0, "communication": 6.0}
+    assert watch.read() == parts
+    assert not any(watch.read().values())
+
+
+def test_flops_are_those_of_the_shapes():
+    """E_e of irm_base on two images and one sentence of 9 tokens, forward: what torch counts, by hand."""
+    config, (B, N, M, C, L) = MODELS["irm_base"], (2, 129, 9, 768, 12)
+    with torch.device("meta"):
+        model = EditingTransformer(
+            size=config.image_size, patch=16, stem="patch", width=C, depth=L, heads=12, instruction_width=C, fused=False
+        )
+        images, tokens = torch.empty(B, 3, *config.image_size), torch.empty(1, M, C)
+    with FlopCounterMode(display=False) as counter:
+        model(images, tokens)
+    layer = 2 * B * N * C * (3 * C + C + 4 * C + 4 * C) + 2 * 2 * B * N * (N + M) * C
+    assert counter.get_total_flops() == 2 * B * 128 * C * 3 * 16 * 16 + L * layer + 2 * M * C * 2 * L * C
+
+
+def timed(first: dict, times: dict[str, list[float]], **more) -> dict:
+    """What rank 0 of a visit leaves: half of each step is forward."""
+    rows = {
+        name: {"steps": [dict.fromkeys(step_benchmark.PARTS, 0.0) | {"step": t, "forward": t / 2} for t in row]}
+        for name, row in times.items()
+    }
+    for row in rows.values():
+        row["peak"] = 3 << 20
+    return {"batches": [{"batch": 8, "images": 8, "matmul": 1e9, "data": "none", "first": first, "rows": rows} | more]}
+
+
+SAME = {"loss": 2.0, "norm": 1.0}
+FIRST = {"ours": SAME, "no fused": SAME | {"flops": 4e8}, "ours, hard": {"loss": 3.0, "norm": 2.0}}
+FIRST["released"] = FIRST["ours, hard"]
+
+
+@pytest.fixture
+def visited(monkeypatch, tmp_path):
+    """The benchmark's exit code and rows when its visits leave these results, one after another."""
+
+    def run(results: list[dict], *arguments: str) -> tuple[int, list[dict]]:
+        monkeypatch.setattr(step_benchmark, "write_mini", lambda *_, **__: None)
+        monkeypatch.setattr(step_benchmark, "_missing", lambda package: "")  # nothing is forked here
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        left = iter(results)
+        monkeypatch.setattr(step_benchmark, "run_visit", lambda job: next(left))
+        file = tmp_path / "rows.json"
+        monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cpu", "--json", str(file), *arguments])
+        code = step_benchmark.main()
+        return code, json.loads(file.read_text())["rows"] if file.exists() else []
+
+    return run
+
+
+def test_rows_of_steps(visited):
+    """Two visits of two steps each; medians of what took turns; ZeRO 3, which failed once, has no figures."""
+    times = {"ours": [1.0, 2.0], "no fused": [2.0, 2.0], "released": [4.0, 8.0]}
+    zero = [timed({"ZeRO 1": SAME}, {"ZeRO 1": [1.5, 3.0]}), {"left_out": "no"}]
+    arguments = [
+        "--rounds",
+        "4",
+        "--visits",
+        "2",
+        "--ranks",
+        "2",
+        "--variants",
+        "no fused",
+        "released",
+        "ZeRO 1",
+        "ZeRO 3",
+    ]
+    code, rows = visited([timed(FIRST, times), *zero, timed(FIRST, times), zero[0], zero[0]], *arguments)
+    assert code == 0
+    assert [row["rival"] for row in rows] == ["ours", "no fused", "released", "ZeRO 1", "ZeRO 3"]
+    assert [row.get("times_ours") for row in rows] == [1.0, 1.5, 4.0, 1.5, None]
+    assert rows[0]["images/s"] == pytest.approx(2 * 8 / 1.5)
+    assert rows[0]["forward %"] == pytest.approx(50)
+    assert rows[0]["of matmul"] == pytest.approx(4e8 / 1.5 / 1e9)
+    assert rows[0]["GFLOP an image"] == pytest.approx(0.05)
+    assert rows[0]["peak MiB"] == 3
+    assert rows[4]["left_out"] == "no"
+    assert all("us" not in row and "mfu" not in row for row in rows)  # these come from a GPU
+
+
+def test_steps_that_do_not_fit_are_left_out(visited):
+    first = timed(FIRST, {"ours": [1.0, 1.0], "no fused": [2.0, 2.0]})
+    first["batches"].append({"batch": 16, "left_out": "out of memory"})
+    small, large = (timed({"ZeRO 1": SAME}, {"ZeRO 1": [1.0] * 2}, batch=size)["batches"] for size in (8, 16))
+    code, rows = visited(
+        [first, {"batches": small + large}], "--ranks", "2", "--batch", "8", "16", "--variants", "no fused", "ZeRO 1"
+    )
+    assert code == 0
+    assert [(row["batch"], row["rival"], row.get("left_out")) for row in rows] == [
+        (8, "ours", None), (8, "no fused", None), (8, "ZeRO 1", None), (16, "ours", "out of memory"),
+        (16, "no fused", "out of memory"), (16, "ZeRO 1", "nothing to compare it with"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([timed(FIRST | {"no fused": {"loss": 2.001, "norm": 1.0}}, {})], "no fused: loss 2.001, ours 2; no figures"),
+        ([timed(FIRST | {"released": {"loss": 3.0, "norm": 2.01}}, {})], "released: norm 2.01, ours 2; no figures"),
+        ([timed(FIRST | {"released": SAME}, {})], "released: loss 2, ours 3"),
+        ([timed(FIRST | {"no fused": {"loss": float("nan"), "norm": 1.0}}, {})], "no fused: loss nan"),
+        ([{"error": "the loop differs"}], "the loop differs"),
+        ([{"left_out": "rank 0 was lost"}], "ours cannot run: rank 0 was lost"),
+    ],
+)
+def test_step_refuses_to_report_what_is_wrong(visited, capsys, results, message):
+    assert visited(results, "--ranks", "1") == (2, [])
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if "visit" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {message}")
+
+
+def test_step_refuses_a_loop_that_is_not_the_released_one(monkeypatch):
+    plain = triplet.loop
+    monkeypatch.setattr(triplet, "loop", lambda case: plain(case) * 1.0001)
+    with pytest.raises(step_benchmark.InputError, match="the loop over triplets differs"):
+        step_benchmark.check_loop()
+
+
+def quick_steps(*arguments: str) -> list[dict]:
+    command = ["bench/step.py", "--device", "cpu", "--quick", *arguments]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "nothing about a GPU" in done.stdout
+    return json.loads(open(arguments[arguments.index("--json") + 1]).read())["rows"]
+
+
+def test_step_from_the_command_line(tmp_path):
+    plot = tmp_path / "plot.png"
+    rows = quick_steps("--ranks", "1", "--rounds", "1", "--json", str(tmp_path / "rows.json"), "--plot", str(plot))
+    assert plot.stat().st_size > 1000
+    assert [row["rival"] for row in rows] == ["ours", "no fused", "released"]
+    for row in rows:
+        assert row["data"] == "drawn pictures by the engine's loader"
+        parts = [row[f"{part}_s"] for part in step_benchmark.PARTS]
+        assert 0.7 * row["step_s"] < sum(parts) < 1.01 * row["step_s"]
+        assert min(row[f"{part}_s"] for part in ("data", "forward", "backward", "optimiser")) > 0
+        assert row["images/s"] > 0
+        assert 40 < row["peak MiB"] < 1000
+        assert 0.001 < row["of matmul"] < 1
+
+
+@pytest.mark.slow
+def test_every_step_on_two_ranks(tmp_path):
+    """All variants agree with ours, and each reduces something; accumulated over two micro-steps."""
+    rows = quick_steps("--ranks", "2", "--window", "2", "--json", str(tmp_path / "rows.json"))
+    assert [row["rival"] for row in rows] == step_benchmark.VARIANTS
+    assert all("left_out" not in row for row in rows)
+    assert all(row["communication_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ctcc", "li"])
+def test_steps_of_other_tasks(tmp_path, task):
+    rows = quick_steps("--ranks", "1", "--rounds", "1", "--task", task, "--json", str(tmp_path / "rows.json"))
+    assert [row["task"] for row in rows] == [task] * 3
+
+
+@pytest.mark.slow
+def test_step_without_deepspeed_and_the_loader(tmp_path):
+    """As on a machine that has neither: a plain loop, noise, and why the others are left out."""
+    code = """
+import sys
+sys.modules |= {"deepspeed": None, "pyarrow": None}
+from bench import step
+sys.exit(step.main())
+"""
+    file = tmp_path / "rows.json"
+    arguments = ["--device", "cpu", "--quick", "--ranks", "1", "--variants", "released", "ZeRO 1", "DDP"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--json", file], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["rival"], "left_out" in row) for row in rows] == [
+        ("ours", False), ("released", False), ("ZeRO 1", True), ("DDP", False)
+    ]  # fmt: skip
+    assert rows[0]["data"] == "noise: pyarrow is not installed"
+    assert "deepspeed" in rows[2]["left_out"]
