@@ -183,7 +183,7 @@ def training_parser(description: str) -> Parser:
     add(
         "--checkpointing",
         action="store_true",
-        help="compute E_e's blocks again in the backward pass: less memory, about a quarter more time",
+        help="compute E_e's blocks again in the backward pass: less memory, one more forward pass of them",
     )
     add("--compile", action="store_true", help="E_e's blocks by torch.compile")
     add("--device", choices=("auto", "cpu", "cuda"), help="default: auto, a GPU where there is one")
