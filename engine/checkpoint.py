@@ -100,18 +100,22 @@ def save(
 
 
 def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
-    """Files of tensors (safetensors) and of text, on the disk and compared with what came back from it; their sums."""
-    for name, content in tensors.items():
-        save_file(content, folder / name)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
+    """Files of tensors (safetensors) and of text, and their sums. InputError where the disk gives back something else;
+    OSError or SafetensorError where it takes nothing."""
     sums = []
     for name in (*tensors, *texts):
+        if name in tensors:
+            save_file(tensors[name], folder / name)
+        else:
+            (folder / name).write_text(texts[name])
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is compared comes from the disk
-        same = _same(load_file(folder / name), tensors[name]) if name in tensors else None
-        if not (same if name in tensors else (folder / name).read_text() == texts[name]):
+        if name in tensors:
+            same = _same(load_file(folder / name), tensors[name])
+        else:
+            same = (folder / name).read_text() == texts[name]
+        if not same:
             raise InputError(f"{folder / name}: does not hold what was written; check the disk")
         sums.append(f"{_digest(folder / name)}  {name}\n")
     (folder / SUMS).write_text("".join(sums))
@@ -138,7 +142,7 @@ def _digest(file: Path) -> str:
 
 def verify(folder: Path, *names: str) -> None:
     """InputError for a file of a checkpoint that is not what was written; all files, or these. A folder without sums
-    (exported, or of an older engine) passes."""
+    (of an older engine) passes."""
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except FileNotFoundError:
@@ -146,7 +150,7 @@ def verify(folder: Path, *names: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{folder / SUMS}: cannot be read ({error}); use another checkpoint") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in names or sums:
+    for name in names or sums.keys() | {file.name for file in folder.iterdir() if file.is_file()} - {SUMS}:
         try:
             right = sums.get(name) == _digest(folder / name)
         except OSError as error:
@@ -246,13 +250,14 @@ def load_model(path: Path) -> tuple[IRM, TrainConfig, State, Tokenizer]:
     except (RuntimeError, KeyError, ValueError) as error:  # sizes below 0 or beyond memory, names that are none
         what = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}/state.json: no model has these heads ({what}); use another checkpoint") from error
-    _load_weights(folder / (AVERAGE if (folder / AVERAGE).is_file() else "model.safetensors"), model)
+    file = folder / (AVERAGE if (folder / AVERAGE).is_file() else "model.safetensors")
+    verify(folder, file.name)
+    _load_weights(file, model)
     return model.eval(), config, state, tokenizer
 
 
 def _load_weights(file: Path, model: IRM) -> None:
     """InputError where the file is damaged or of another model."""
-    verify(file.parent, file.name)
     weights = _tensors(file)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in weights.items()}

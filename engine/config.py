@@ -242,10 +242,10 @@ class TrainConfig:
             raise InputError(f"--seed {self.seed}: expected less than 2**63")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"--label-smoothing {self.label_smoothing}: expected 0 or more and less than 1")
-        for name, low in (("ema", 0 <= self.ema < 1), ("layer_decay", 0 < self.layer_decay <= 1)):
-            if not low:
+        for name, fits in (("ema", 0 <= self.ema < 1), ("layer_decay", 0 < self.layer_decay <= 1)):
+            if not fits:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 to 1")
-        if self.ema and (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0) == 3:
+        if self.ema and self.zero_stage == 3:
             raise InputError("--ema: ZeRO 3 keeps no rank whole weights to average; use stage 0, 1 or 2")
         for name, weight in self.loss_weights.items():
             if name.partition("/")[0] not in TASKS or type(weight) not in (int, float) or not 0 <= weight < math.inf:
@@ -274,6 +274,11 @@ class TrainConfig:
             raise InputError(f"--feature {self.feature!r}: expected cls, fout or concat")
         if self.device not in ("auto", "cpu", "cuda"):
             raise InputError(f"--device {self.device!r}: expected auto, cpu or cuda")
+
+    @property
+    def zero_stage(self) -> int:
+        """What DeepSpeed shares out: 0 nothing, 1 the optimiser's state, 2 gradients as well, 3 weights as well."""
+        return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -30,14 +30,14 @@ def initialize(module: nn.Module, config: TrainConfig, micro_batch: int, window:
 
     logger.setLevel(logging.WARNING)
     optimizer = torch.optim.AdamW(parameter_groups(module, config))
-    stage = zero_stage(config)
     settings = {
         "zero_optimization": {"stage": 0},
         "torch_autocast": {"enabled": runtime.device.type == "cuda", "dtype": "bfloat16"},
         **(config.deepspeed or {}),
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": window,
-        "gradient_clipping": config.clip if stage else 0.0,  # ZeRO 0: by `step`, which needs the norm anyway
+        # ZeRO 0: by `step`, which needs the norm anyway
+        "gradient_clipping": config.clip if config.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
@@ -47,10 +47,6 @@ def initialize(module: nn.Module, config: TrainConfig, micro_batch: int, window:
     except Exception as error:  # of many kinds, assertions and bare ones among them
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--deepspeed_config: DeepSpeed refuses the settings ({what[:300]})") from error
-
-
-def zero_stage(config: TrainConfig) -> int:
-    return (config.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
 
 
 def step(ds_engine: Any, rate: float, clip: float) -> float:

@@ -11,7 +11,8 @@ Readings that Eq. 5 leaves open, each an option of `adaptive_triplet`, and what 
 mining               "all": every triplet teaches. "hard": per anchor the two farthest same-identity samples and the
                      nearest other one, as the authors' released code trains; outliers and wrong labels weigh most
 distance             "squared": the pull grows with the distance. "euclidean": it does not, but has a kink at 0
-tie                  pairs with |b1 - b2| <= tie do not count: fixed sentences sit exactly on such ties
+tie                  pairs with |b1 - b2| <= tie do not count: fixed sentences sit on such ties, but for the rounding of
+                     products, whose sign means nothing
 negative_similarity  "clamp": b >= 0, so a same-identity reference never ranks behind another identity; "raw": it may
 reduction            "mean" divides by the counted triplets, so the loss fades as they are satisfied; "active" by those
                      with a positive term, so it does not
@@ -68,7 +69,7 @@ def adaptive_triplet_reference(
         d = d.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)  # gradient 0, not inf, at distance 0
     other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     if mining == "hard":
-        return _hard_reference(d, beta, same, other, margin, reduction)
+        return _hard_reference(d, beta, same, other, margin, reduction, tie)
     u = d + margin * beta
     counted_aij = (beta[:, :, None] - beta[:, None, :] > tie) & other[:, :, None] & other[:, None, :]
     terms_aij = F.relu(u[:, :, None] - u[:, None, :]).masked_fill(~counted_aij, 0)
@@ -76,7 +77,9 @@ def adaptive_triplet_reference(
     return terms_aij.sum() / count.clamp(min=1)
 
 
-def _hard_reference(d: Tensor, beta: Tensor, same: Tensor, other: Tensor, margin: float, reduction: str) -> Tensor:
+def _hard_reference(
+    d: Tensor, beta: Tensor, same: Tensor, other: Tensor, margin: float, reduction: str, tie: float
+) -> Tensor:
     """0.1 {sgn(b1-b2) [d1 - d2 + m (b1-b2)]}_+ + [d1 + m b1 - dn]_+ with 1, 2 the two farthest same-identity samples
     and n the nearest other one."""
     if len(d) < 2:
@@ -87,7 +90,8 @@ def _hard_reference(d: Tensor, beta: Tensor, same: Tensor, other: Tensor, margin
     some, second, negative = positive.sum(1) > 0, positive.sum(1) > 1, (~same).any(1)
     d1, d2 = d.gather(1, farthest).unbind(1)
     b1, b2 = beta.gather(1, farthest).unbind(1)
-    pair = F.relu(torch.sign(b1 - b2) * (d1 - d2 + margin * (b1 - b2))).masked_fill(~second, 0)
+    counted = second & ((b1 - b2).abs() > tie)
+    pair = F.relu(torch.sign(b1 - b2) * (d1 - d2 + margin * (b1 - b2))).masked_fill(~counted, 0)
     push = F.relu(d1 + margin * b1 - d.gather(1, nearest)[:, 0]).masked_fill(~(some & negative), 0)
     terms = 0.1 * pair + push
     count = len(d) if reduction == "mean" else (terms > 0).sum().clamp(min=1)
@@ -380,7 +384,9 @@ def _halves(d: Tensor) -> Tensor:
     return torch.where(d > 0, 0.5 / d, 0)
 
 
-def _hard_triplets(x: Tensor, beta: Tensor, groups: _Groups, margin: float, squared: bool, gradient: bool) -> _Result:
+def _hard_triplets(
+    x: Tensor, beta: Tensor, groups: _Groups, margin: float, squared: bool, tie: float, gradient: bool
+) -> _Result:
     """`_hard_reference` for every anchor; at equal distances the sample with the lower number is taken."""
     (S, N, D), K = x.shape, beta.shape[1]
     to_same = _to_others(x, groups.others.expand(S, -1, -1), squared)
@@ -404,7 +410,7 @@ def _hard_triplets(x: Tensor, beta: Tensor, groups: _Groups, margin: float, squa
     edges = torch.cat([farthest, nearest[:, :, None]], 2)
     d = torch.stack([d1, d2, _to_others(x, nearest[:, :, None], squared)[:, :, 0]], 2)
     second, some = groups.size > 2, (groups.size > 1) & (groups.size < N)
-    sign = torch.sign(b1 - b2)
+    sign = torch.sign(b1 - b2).masked_fill_((b1 - b2).abs() <= tie, 0)
     pair = (sign * (d1 - d2 + margin * (b1 - b2))).clamp(min=0)  # of one alone with itself: sign is 0
     push = (d1 + margin * b1 - d[:, :, 2]).clamp(min=0).masked_fill(~some, 0)
     counted, active = second.long() + some, (pair > 0).long() + (push > 0)
@@ -443,7 +449,7 @@ def _loss_and_gradient(
         beta = _relatedness(instructions, groups, x.dtype, raw)
         rows = slice(start, stop)
         if mining == "hard":
-            found = _hard_triplets(x, beta, groups, margin, squared, gradient)
+            found = _hard_triplets(x, beta, groups, margin, squared, tie, gradient)
             terms = (found.loss > 0).sum(1)
             count = torch.full_like(terms, x.shape[1]) if reduction == "mean" else terms
         else:

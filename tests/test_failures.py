@@ -409,6 +409,7 @@ def test_resuming_another_run(small, config, state, tokenizer, message):
         (lambda c: flip(c / "optimizer.safetensors"), "optimizer.safetensors: damaged or cut .*resume from the one"),
         (lambda c: flip(c / "model.safetensors"), "model.safetensors: damaged or cut .*resume from the one before"),
         (lambda c: (c / "SHA256SUMS").write_bytes(b"\xff"), "SHA256SUMS: cannot be read"),
+        (lambda c: (c / "SHA256SUMS").write_text(""), "damaged or cut short .its sum is not that of"),
         (lambda c: change(c / "state.json", batches=None), "made by an older engine"),
     ],
 )

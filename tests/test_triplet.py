@@ -221,6 +221,23 @@ def test_equal_samples_have_distance_zero_in_float32(mining, shift):
     assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all()
 
 
+@pytest.mark.parametrize("function", [kernels.adaptive_triplet, kernels.adaptive_triplet_reference])
+def test_one_sentence_for_all_leaves_hard_mining_its_push_alone(function):
+    """Products of equal vectors differ by their rounding, and the sign of such a difference means nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for E in (3, 33, 128, 768):
+        for K in (3, 4, 5, 8):
+            x, labels = torch.randn(2 * K, 16, generator=generator), torch.arange(2).repeat_interleave(K)
+            t = torch.randn(1, E, generator=generator).expand(2 * K, -1)
+            d = torch.cdist(x.double(), x.double())
+            same = labels[:, None] == labels
+            push = d.masked_fill(~same, -1).max(1).values + 0.3 - d.masked_fill(same, torch.inf).min(1).values
+            want = push.clamp(min=0).mean().float()
+            torch.testing.assert_close(function(x, labels, t, mining="hard"), want, rtol=1e-5, atol=1e-5)
+    x, labels, t = batch((4, 4), seed=1)
+    assert function(x, labels, t, mining="hard", tie=2.0) < function(x, labels, t, mining="hard")  # no pair counts
+
+
 @pytest.mark.parametrize("name", ["pk", "big", "sentences"])
 def test_hard_mining_equals_the_released_code(name):
     stored = np.load(DATA / "released_triplet.npz")
