@@ -33,6 +33,7 @@ import kernels
 from bench import measure
 
 PER_IDENTITY, FEATURES, MARGIN = 4, 768, 0.3
+TIE = 1e-3  # the released code has none, and takes the sign of a rounding where two sentences are equal
 OURS, OURS_HARD = "all", "hard"
 
 
@@ -77,7 +78,7 @@ def loop(case: Case) -> Tensor:
     for a in range(len(x)):
         i, j, n = int(farthest[a, 0]), int(farthest[a, 1]), int(nearest[a])
         b1, b2 = (float(F.cosine_similarity(t[a], t[r], 0).clamp(min=0)) for r in (i, j))
-        sign = float(b1 > b2) - float(b1 < b2)
+        sign = float(b1 - b2 > TIE) - float(b2 - b1 > TIE)
         pairs.append((sign * (d[a, i] - d[a, j] + MARGIN * (b1 - b2))).clamp(min=0))
         pushes.append((d[a, i] + MARGIN * b1 - d[a, n]).clamp(min=0))
     return 0.1 * torch.stack(pairs).mean() + torch.stack(pushes).mean()
@@ -89,7 +90,8 @@ def eager_hard(case: Case) -> Tensor:
     dn = to_others.min(1).values
     unit = F.normalize(case.instructions, dim=-1)
     b1, b2 = ((unit * unit[r]).sum(1).clamp(min=0) for r in farthest)
-    pair = F.relu(torch.sign(b1 - b2) * (d1 - d2 + MARGIN * (b1 - b2)))
+    sign = torch.sign(b1 - b2) * ((b1 - b2).abs() > TIE)
+    pair = F.relu(sign * (d1 - d2 + MARGIN * (b1 - b2)))
     return (0.1 * pair + F.relu(d1 + MARGIN * b1 - dn)).mean()
 
 
@@ -150,7 +152,7 @@ def in_blocks(case: Case, count: int = 32) -> Tensor:
         u = (x - x[a]).square().sum(1) + MARGIN * beta
         for i in (labels == labels[a]).nonzero()[:, 0].tolist():
             if i != a:
-                counts = beta[i] - beta > 1e-3
+                counts = beta[i] - beta > TIE
                 counts[a] = False
                 total += (F.relu(u[i] - u) * counts).sum()
     return total
