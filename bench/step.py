@@ -525,6 +525,7 @@ def _visit(job: Job) -> list[dict[str, Any]]:
     data = data_of(job, runtime)
     seed_everything(0)
     model = IRM(job.config.model, data.tokenizer.get_vocab_size(), {data.stream: data.identities})
+    model.freeze_unused([TASKS[job.config.tasks[0]]])
     module = TrainingModel(model, job.config, [data.stream], [False]).to(device)
     variants = variants_of(job.names, module, job.config, job.batches[0], runtime, watch)
     found = []

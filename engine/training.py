@@ -126,13 +126,15 @@ def _prepare(config: TrainConfig, runtime: Runtime, output: Path) -> tuple[Run, 
     window = config.window or sampler.window
     model = build_model(config, streams, tokenizer)
     begin.apply(model)
+    model.freeze_unused([stream.task for stream in streams])
     for read in begin.reports:
         say(f"{read}; it stays as it is" if read.part in config.frozen else read)
     del begin  # its weights
+    trained, still = (sum(p.numel() for p in model.parameters() if p.requires_grad is does) for does in (True, False))
     say(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(streams)} streams "
-        f"({', '.join(stream.name for stream in streams)}), {window} per step, {runtime.world} rank(s) on "
-        f"{runtime.device.type}"
+        f"{trained / 1e6:.1f} M parameters{f' and {still / 1e6:.1f} M that stay as they are' * (still > 0)}, "
+        f"{len(streams)} streams ({', '.join(stream.name for stream in streams)}), {window} per step, "
+        f"{runtime.world} rank(s) on {runtime.device.type}"
     )
     names, batches = [stream.name for stream in streams], [list(batch) for batch in sampler.batches]
     state = checkpoint.State(0, runtime.world, _heads(streams), names, tokenizer.get_vocab_size(), batches=batches)

@@ -15,6 +15,8 @@ from conftest import ROOT, launch, recipe
 from safetensors.torch import load_file
 
 from engine import checkpoint
+from engine.model.irm import IRM
+from engine.runtime import seed_everything
 
 QUICK = ("--config", "irm_tiny", "--quick", "--ids", "4", "--warmup", "2", "--window", "3")
 QUICK += ("--ahead", "0", "--shares", "trad=1")  # every stream once in a cycle
@@ -213,6 +215,15 @@ def test_single_task_on_a_market_folder_with_24_identities(mini, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "24 identities per batch instead of 32" in done.stdout
     assert list(json.loads((tmp_path / "run" / "metrics.json").read_text())["tasks"]) == ["trad"]
+    # no task asks the picture tower: it begins and ends alike, and costs the optimiser nothing
+    model = checkpoint.load_model(tmp_path / "run" / "checkpoints")[0]
+    seed_everything(0)
+    begun = IRM(model.config, model.instruct.text.config.vocab_size, {"trad/market1501": 24}).state_dict()
+    still = {name for name, value in model.state_dict().items() if torch.equal(value, begun[name])}
+    assert {name.split(".")[1] for name in still if name.startswith("instruct.")} == {"picture"}
+    assert not [name for name in begun if name.startswith("instruct.picture.") and name not in still]
+    moments = load_file(checkpoint.latest(tmp_path / "run" / "checkpoints") / "optimizer.safetensors")
+    assert not [name for name in moments if "instruct.picture." in name]
 
 
 def test_a_damaged_training_image_costs_that_image_only(mini, tmp_path):

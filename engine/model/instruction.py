@@ -65,8 +65,8 @@ class InstructionEncoder(nn.Module):
         self.register_load_state_dict_post_hook(_forget)
 
     def freeze(self, *towers: str) -> None:
-        """No gradients for these towers, and evaluation mode for good."""
-        self.frozen = towers
+        """No gradients for these towers as well, and evaluation mode for good."""
+        self.frozen = tuple(sorted({*self.frozen, *towers}))
         for name in towers:
             self.get_submodule(name).requires_grad_(False)
         self.train(self.training)

@@ -7,7 +7,7 @@ Shapes: B images, N image tokens, C width, E instruction width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from engine.model.editing import EditingTransformer
 from engine.model.fusion import Fusion
 from engine.model.instruction import Instruction, InstructionEncoder
 from engine.model.neck import GlobalBatchNorm
+from engine.tasks import Task
 
 
 class Features(NamedTuple):
@@ -100,6 +101,12 @@ class IRM(nn.Module):
         self.match = nn.Linear(2 * config.width + 1, 2)  # sees F_out and the cosine; begins near the cosine's order
         nn.init.normal_(self.match.weight, std=0.01)
         self.match.weight.data[:, -1] += torch.tensor([-0.5, 0.5])
+
+    def freeze_unused(self, tasks: Iterable[Task]) -> None:
+        """Freeze the tower of E_i that none of these tasks asks. DeepSpeed would hand it gradients of 0, with which
+        AdamW decays it and keeps its moments."""
+        asked = {"picture" if task.instruction == "clothes" else "text" for task in tasks}
+        self.instruct.freeze(*{"text", "picture"} - asked)
 
     def instruction(self, batch: Batch) -> Instruction | None:
         if batch.text is not None and batch.text_lengths is not None:
