@@ -44,7 +44,8 @@ AVERAGE = "average.safetensors"
 @dataclass(frozen=True)
 class State:
     """What a resumed run must know. step: optimiser steps done; heads: stream -> identities, in stream order;
-    streams: names of all streams, in order; batches: identities and images of each of a stream's batches, all ranks."""
+    streams: names of all streams, in order; skipped: steps that were not finite, in_a_row: up to this one; batches:
+    identities and images of each of a stream's batches, all ranks."""
 
     step: int
     world: int
@@ -52,6 +53,7 @@ class State:
     streams: list[str]
     vocabulary: int
     skipped: int = 0
+    in_a_row: int = 0
     batches: list[list[int]] | None = None
 
     @property
@@ -160,10 +162,14 @@ def verify(folder: Path, *names: str) -> None:
 
 
 def _publish(folder: Path, part: Path, name: str, keep: int) -> None:
-    """Rename a whole checkpoint to `name`, point `latest` at it, then drop the oldest."""
+    """Rename a whole checkpoint to `name`, point `latest` at it, then drop the oldest, and those of later steps, which
+    are of a run that went on from another checkpoint."""
     shutil.rmtree(folder / name, ignore_errors=True)
     os.rename(part, folder / name)
     _replace(folder / "latest", name + "\n")
+    for later in folder.glob("step-*"):
+        if later.name > name:
+            shutil.rmtree(later)
     _drop(folder, keep)
 
 
@@ -295,7 +301,7 @@ def _state(text: str) -> State:
     if written > FORMAT:
         raise InputError(f"format {written}, this engine reads up to {FORMAT}; use a newer engine")
     state = State(**values)
-    numbers = [state.step, state.world, state.vocabulary, state.skipped, *state.heads.values()]
+    numbers = [state.step, state.world, state.vocabulary, state.skipped, state.in_a_row, *state.heads.values()]
     numbers += [number for batch in state.batches or [] for number in batch]
     named = isinstance(state.streams, list) and all(isinstance(name, str) for name in state.streams)
     if not named or not all(isinstance(number, int) for number in numbers):
@@ -310,13 +316,14 @@ def _tokenizer(text: str) -> Tokenizer:
 def resume(
     folder: Path, model: IRM, state: State, config: TrainConfig, tokenizer: Tokenizer, runtime: Runtime
 ) -> tuple[State, dict[str, Tensor], dict[str, Tensor] | None]:
-    """Load the latest checkpoint's weights into the model; its state, that of the optimiser and the averaged weights.
+    """Load the latest checkpoint's weights into the model; its state, that of the optimiser and the averaged weights
+    (None: without --ema, now or then; an average begins anew).
     InputError when there is none or when it is of another run: what decides model and samples must be the same. The
     number of ranks may be another, as long as the batches of all ranks together are the same."""
     with runtime.together():
         checkpoint = latest(folder)
         if checkpoint is None:
-            raise InputError(f"--resume: no checkpoint in {folder}; leave --resume out to start a run")
+            raise InputError(f"--resume: no checkpoint in {folder}; start anew in another --output")
         old_config, stored, old_tokenizer = read_facts(checkpoint)
         options = ["model", "seed", "ids", "images_per_id", "window", "shares", "temperature", "leaders", "ahead"]
         options += ["train_instruction"]
@@ -350,7 +357,7 @@ def resume(
                 verify(checkpoint)
             _load_weights(checkpoint / "model.safetensors", model)
             optimizer = _tensors(checkpoint / "optimizer.safetensors")
-            averaged = _tensors(checkpoint / AVERAGE) if config.ema else None
+            averaged = _tensors(checkpoint / AVERAGE) if config.ema and (checkpoint / AVERAGE).exists() else None
         except InputError as error:
             raise InputError(f"--resume: {error}; remove {checkpoint} to resume from the one before") from error
     return stored, optimizer, averaged

@@ -70,7 +70,9 @@ class Log:
 
 
 def evaluated(output: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Note one evaluation in evaluations.jsonl and TensorBoard."""
+    """Note one evaluation in evaluations.jsonl and TensorBoard, in place of what was noted of this step."""
+    with writing(output):
+        _forget_after(output / "evaluations.jsonl", step - 1)
     with writing(output), (output / "evaluations.jsonl").open("a") as file:
         row = {"step": step, "mean_mAP": metrics["mean_mAP"], "tasks": metrics["tasks"]}
         print(json.dumps(_json(row)), file=file)
@@ -79,13 +81,22 @@ def evaluated(output: Path, step: int, metrics: dict[str, Any]) -> None:
     print(f"step {step}: mean mAP over tasks {100 * metrics['mean_mAP']:.2f} %", flush=True)
 
 
+def is_evaluated(output: Path, step: int) -> bool:
+    """Whether evaluations.jsonl has this step."""
+    file = output / "evaluations.jsonl"
+    return file.is_file() and any(_parsed(line).get("step") == step for line in file.read_text().splitlines())
+
+
 def quarantine(file: Path, reasons: Mapping[Path, str], step: int) -> None:
     """Note damaged files (path -> why) in quarantine.jsonl, once each: any rank, now or before --resume, may have met
     them already. step: when they were met, from 1; 0: known from the index."""
     with writing(file), file.open("a+") as rows:
         fcntl.flock(rows, fcntl.LOCK_EX)
         rows.seek(0)
-        known = {row.get("path") for row in map(_parsed, rows)}
+        noted = rows.read()
+        known = {_parsed(line).get("path") for line in noted.splitlines()}
+        if noted and not noted.endswith("\n"):  # cut by a kill
+            rows.write("\n")
         for path, reason in reasons.items():
             if str(path) not in known:
                 rows.write(json.dumps({"path": str(path), "reason": reason, "step": step}) + "\n")

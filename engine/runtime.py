@@ -129,7 +129,8 @@ def start(device_name: str) -> Runtime:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled now; gloo serves as well
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # finds the group
-    group = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
+    apart = device.type == "cuda" and dist.get_world_size() > 1
+    group = dist.new_group(backend="gloo", timeout=LONGEST) if apart else None
     return Runtime(device, dist.get_rank(), dist.get_world_size(), group)
 
 
@@ -190,15 +191,26 @@ class Termination:
 def _deepspeed_command() -> int | None:
     """Process number of the `deepspeed` command: it starts DeepSpeed's launcher, and that one starts the ranks."""
     launcher = os.getppid()
-    if b"deepspeed.launcher.launch" not in Path(f"/proc/{launcher}/cmdline").read_bytes():
+    if b"deepspeed.launcher.launch" not in _command_line(launcher):
         return None
     command = _parent(launcher)
-    return command if b"deepspeed" in Path(f"/proc/{command}/cmdline").read_bytes() else None
+    return command if b"deepspeed" in _command_line(command) else None
+
+
+def _command_line(process: int) -> bytes:
+    """Nothing where there is no such process: in a container the first one's parent is 0."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _parent(process: int) -> int:
-    """Field 4 of stat; what comes before it may hold blanks but ends with a bracket."""
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    """Field 4 of stat; what comes before it may hold blanks but ends with a bracket. 0: there is no such process."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def seed_everything(seed: int) -> None:

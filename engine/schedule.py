@@ -10,7 +10,7 @@ from engine.config import PARTS, TrainConfig
 
 # Parts that no pre-trained ViT or BERT covers start from nothing: they learn at lr * lr_new. Where others of PARTS came
 # pre-trained, so does an E_e or a tower of E_i that did not.
-NEW = ("heads.", "edit.gates", "edit.kv_ins", "fuse.", "match.", "project_", "temperature.")
+NEW = ("heads.", "edit.gates", "edit.kv_ins", "fuse.", "match.", "project_", "temperature.", "whiten.")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -26,7 +26,7 @@ from engine.data.sampler import Sampler, Stream, make_streams
 from engine.errors import InputError, writing
 from engine.evaluation import evaluate_model, measurable, write_features
 from engine.instructions import SENTENCES
-from engine.log import Log, evaluated, quarantine
+from engine.log import Log, evaluated, is_evaluated, quarantine
 from engine.losses import TrainingModel
 from engine.model import pretrained
 from engine.model.instruction import build_tokenizer
@@ -61,16 +61,21 @@ class Run:
     def checkpoints(self) -> Path:
         return self.output / "checkpoints"
 
+    def measures(self, step: int) -> bool:
+        """Whether --eval-every has the model measured after this step, on the way."""
+        every = self.config.eval_every
+        return self.tested and every > 0 and 0 < step < self.config.steps and step % every == 0
+
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
     """Run one training to its end. Returns the content of metrics.json (None with evaluate=False, or on ranks > 0)."""
     runtime = start(config.device)
     output = Path(config.output)
     _claim(output, config, runtime)
-    run, state = _prepare(config, runtime, output)
     arrays: dict[str, np.ndarray] = {}
     report = Report()
-    with company(lambda: _left(run.checkpoints)):
+    with company(lambda: _left(output / "checkpoints")):
+        run, state = _prepare(config, runtime, output)
         _steps(run, state)
         if not run.tested:
             return None
@@ -129,6 +134,8 @@ def _prepare(config: TrainConfig, runtime: Runtime, output: Path) -> tuple[Run, 
     model.freeze_unused([stream.task for stream in streams])
     for read in begin.reports:
         say(f"{read}; it stays as it is" if read.part in config.frozen else read)
+    if not begin.reports and not config.resume and is_real(config.data):
+        say("all weights begin at random; --backbone and --instruction-pretrained begin with given ones")
     del begin  # its weights
     trained, still = (sum(p.numel() for p in model.parameters() if p.requires_grad is does) for does in (True, False))
     say(
@@ -225,7 +232,9 @@ def _steps(run: Run, state: checkpoint.State) -> None:
         quarantine=damaged,
     )
     termination = Termination()
-    step, skipped, in_a_row = state.step, state.skipped, 0
+    step, skipped, in_a_row = state.step, state.skipped, state.in_a_row
+    if run.measures(step) and runtime.any(runtime.main and not is_evaluated(output, step)):
+        _measure(run, step)  # which a kill prevented
     ds_engine.train()
     while step < config.steps:
         began, waited, images = time.monotonic(), 0.0, 0
@@ -278,12 +287,11 @@ def _steps(run: Run, state: checkpoint.State) -> None:
                 "lower --lr and --resume"
             )
         ending = runtime.any(termination.asked())
-        measured = run.tested and config.eval_every and step % config.eval_every == 0 and step < config.steps
-        if ending or measured or step % config.checkpoint_every == 0 or step == config.steps:
-            state = replace(state, step=step, world=runtime.world, skipped=skipped)
+        if ending or run.measures(step) or step % config.checkpoint_every == 0 or step == config.steps:
+            state = replace(state, step=step, world=runtime.world, skipped=skipped, in_a_row=in_a_row)
             averaged = run.average.state() if run.average and runtime.main else None
             checkpoint.save(run.checkpoints, ds_engine, model, config, state, run.tokenizer, runtime, averaged)
-        if measured and not ending:
+        if run.measures(step) and not ending:
             _measure(run, step)
         if ending:
             log.close()
@@ -298,10 +306,13 @@ def _claim(output: Path, config: TrainConfig, runtime: Runtime) -> None:
     """Make the output folder; a folder that already holds a run is refused unless --resume."""
     with runtime.together():  # every rank has looked before rank 0 writes
         used = os.path.exists(output / "log.jsonl") or os.path.exists(output / "checkpoints")
+        whole = checkpoint.latest(output / "checkpoints") is not None
         if used and not config.resume:
-            raise InputError(f"--output {output}: holds a run already; choose another folder or add --resume")
-        if config.resume and checkpoint.latest(output / "checkpoints") is None:
-            raise InputError(f"--resume: no checkpoint in {output}/checkpoints; leave --resume out to start a run")
+            more = " or add --resume" if whole else ": it was stopped before its first checkpoint"
+            raise InputError(f"--output {output}: holds a run already; choose another folder{more}")
+        if config.resume and not whole:
+            mend = "choose another folder" if used else "leave --resume out to start a run"
+            raise InputError(f"--resume: no checkpoint in {output}/checkpoints; {mend}")
     with runtime.together(), writing(f"--output {output}"):
         if runtime.main:
             output.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,8 @@ def initialize(module: nn.Module, config: TrainConfig, micro_batch: int, window:
     try:
         deepspeed.DeepSpeedConfig(settings)
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
     except Exception as error:  # of many kinds, assertions and bare ones among them
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--deepspeed_config: DeepSpeed refuses the settings ({what[:300]})") from error
@@ -112,13 +114,17 @@ def optimizer_state(ds_engine: Any, *, keep: bool) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(ds_engine: Any, stored: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave, under any ZeRO stage and number of ranks. ValueError for another model's.
-    (Steps are the same for all parameters: one that a window leaves out has a gradient of 0 from DeepSpeed.)"""
+    """Put back what `optimizer_state` gave, under any ZeRO stage and number of ranks. InputError for another model's.
+    What is not trained any more is passed over. (Steps are the same for all parameters: one that a window leaves out
+    has a gradient of 0 from DeepSpeed.)"""
     trained = dict(_trained(ds_engine))
+    frozen = {name.removeprefix("model.") for name, value in ds_engine.module.named_parameters()} - trained.keys()
     for key, value in stored.items():
         what, _, name = key.partition("/")
-        if name not in trained or (what in MOMENTS and value.shape != _shape(trained[name])):
-            raise ValueError(f"{key} is of another model")
+        if name not in trained.keys() | frozen or (
+            name in trained and what in MOMENTS and value.shape != _shape(trained[name])
+        ):
+            raise InputError(f"--resume: optimizer.safetensors: {key} is of another model; use another checkpoint")
     stage, optimizer = ds_engine.zero_optimization_stage(), ds_engine.optimizer
     names = [name for name in trained if f"step/{name}" in stored]
     if not stage:

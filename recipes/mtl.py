@@ -1,7 +1,7 @@
 """Multi-task training: one model for every task of every data set found under --data.
 
 deepspeed recipes/mtl.py                        # mini data set, irm_tiny, evaluation at the end
-deepspeed recipes/mtl.py --data DIR             # the paper's setting, irm_base, any number of GPUs
+deepspeed recipes/mtl.py --data DIR             # irm_base on real data sets, any number of GPUs
 deepspeed --num_gpus 2 recipes/mtl.py ...       # two ranks (two CPU processes where there is no GPU)
 """
 

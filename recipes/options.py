@@ -102,7 +102,7 @@ def training_parser(description: str) -> Parser:
         "--shares",
         type=_shares,
         metavar="TASK=N,..",
-        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=12,ctcc=3,t2i=2,li=3 for "
+        help="how often a cycle trains each stream of a task, 1 where not named (default: vi=12,ctcc=2,t2i=3,li=3 for "
         "irm_tiny, else 1)",
     )
     add(

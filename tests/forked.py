@@ -2,9 +2,11 @@
 once for all, and every run still is a process of its own that can be killed.
 
     forked.py RUNS    a JSON list of {"ranks": 1, "change": {TrainConfig fields}, "kill_at": steps, "after": seconds,
-                      "kill": [ranks], "check": whether}; kill_at: SIGKILL to all ranks, or these, so many seconds after
-                      this step, counted from the latest checkpoint, was logged; check: that the latest checkpoint
-                      opens whole then
+                      "kill": [ranks], "check": whether, "back": checkpoint}
+
+kill_at   SIGKILL to all ranks, or these, so many seconds after this step, from the latest checkpoint on, was logged
+check     that the latest checkpoint opens whole then
+back      first go back to this checkpoint, and put aside what was evaluated
 
 Prints a JSON list of what each run's ranks ended with: exit codes, or -9.
 """
@@ -95,6 +97,9 @@ def main() -> None:
     for item in json.loads(Path(sys.argv[1]).read_text()):
         ranks, change, kill_at = item.get("ranks", 1), item["change"], item.get("kill_at")
         done = checkpoint.latest(Path(change["output"]) / "checkpoints")
+        if "back" in item:
+            (Path(change["output"]) / "checkpoints" / "latest").write_text(item["back"])
+            (Path(change["output"]) / "evaluations.jsonl").rename(Path(change["output"]) / "before.jsonl")
         children = start(change, ranks)
         if kill_at is not None:
             log = Path(change["output"]) / "log.jsonl"

@@ -20,6 +20,8 @@ from engine.model.irm import IRM
 STREAMS = ["trad/a", "cc/b", "t2i/c", "li/d"]
 WEIGHTS = {"trad": 0.3, "cc/b": 2.0, "cc": 9.0}
 FACTORS = [0.3, 2.0, 1.0, 1.0]
+RATE = 1e-5
+OLD, NEW = "edit.blocks.0.mlp.fc1.weight", "heads.trad__a.classify.cls.weight"
 
 
 def batch(stream: int) -> Batch:
@@ -32,7 +34,7 @@ def batch(stream: int) -> Batch:
 
 def module() -> TrainingModel:
     torch.manual_seed(0)
-    config = TrainConfig(model=SMALL, loss_weights=WEIGHTS, clip=0.0, lr=1e-3)
+    config = TrainConfig(model=SMALL, loss_weights=WEIGHTS, clip=0.0, lr=1e-3, lr_new=7.0)
     model = IRM(SMALL, 40, {"trad/a": 4, "cc/b": 4, "li/d": 4}, ["t2i/c"])
     return TrainingModel(model, config, STREAMS, [False, False, True, False]).double()
 
@@ -69,13 +71,17 @@ def main() -> None:
         ds_engine.backward(loss)
         if number == len(STREAMS) - 1:
             found = {name: p.grad.clone() for name, p in training.named_parameters() if p.grad is not None}
-        norm = zero.step(ds_engine, 1e-3, 0.0)
+        weights = {name: p.detach().clone() for name, p in training.named_parameters()}
+        norm = zero.step(ds_engine, RATE, 0.0)
+    # Adam's first step moves each weight by its rate, but for where the gradient is next to nothing, and decay
+    moved = {name: (p.detach() - weights[name]).abs().median().item() for name, p in training.named_parameters()}
+    rates = {part: moved[f"model.{name}"] / RATE for part, name in (("old", OLD), ("new", NEW))}
     idle = {name.split(".")[2] for name, value in found.items() if name not in want and not value.any()}
     assert found.keys() == want.keys() | {name for name in found if name.split(".")[2] in idle}
     scale = max(value.abs().max().item() for value in want.values())
     error = max((found[name] - value).abs().max().item() for name, value in want.items())
     total = torch.cat([value.flatten() for value in want.values()]).norm().item()
-    print(json.dumps({"idle": sorted(idle), "error": error / scale, "norm": norm / total}))
+    print(json.dumps({"idle": sorted(idle), "error": error / scale, "norm": norm / total, "rates": rates}))
 
 
 if __name__ == "__main__":

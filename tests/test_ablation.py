@@ -20,8 +20,9 @@ from recipes import ablation
 
 # In place of a training: tells that it was called, fails for folders named in "failing", else measures something.
 FAKE = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+assert str(folder.parent / ".lock") in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
 with (folder.parent / "calls").open("a") as calls:
     print(folder.name, *(["again"] if "--resume" in sys.argv else []), file=calls)
 if folder.name in (folder.parent / "failing").read_text().split():

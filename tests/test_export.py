@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, mini: Path, model_config) -> Path:
     indexes = find_indexes(mini)
     streams = make_streams(indexes, tuple(TASKS))
     tokenizer = build_tokenizer(training._corpus(indexes))
-    config = TrainConfig(data=str(mini), model=model_config)
+    config = TrainConfig(data=str(mini), model=model_config, feature="fout")
     torch.manual_seed(0)
     model = training.build_model(config, streams, tokenizer)
     torch.nn.init.constant_(model.edit.gates, 0.5)
@@ -216,6 +216,7 @@ def test_one_instruction_for_all_is_that_of_each(stored, mini):
         torch.testing.assert_close(single, each, rtol=0, atol=1e-6)
     first = extractor.images(paths, "trad", text=SENTENCES["trad"][0])
     assert torch.equal(extractor.images(paths, "trad"), first)
+    assert torch.equal(extractor.images(paths, "trad", feature="fout"), first)  # as the model's run tested
     assert not torch.allclose(extractor.images(paths, "trad", dataset="market1501"), first, atol=1e-3)
     pixels = torch.randn(3, 3, *SMALL.image_size)
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from conftest import ROOT, SMALL, free_port, launch, recipe
 from safetensors.torch import load_file
 
 import engine
-from engine import checkpoint
+from engine import checkpoint, runtime
 from engine.config import TrainConfig
 from engine.data.index import find_indexes
 from engine.data.loader import TrainLoader
@@ -108,7 +108,12 @@ def test_twenty_such_steps_in_a_row_end_the_run(mini, tmp_path, stage):
     assert "not finite for 20 steps in a row, at step 20" in one_line(done)
     assert changed(done) == [[False] * 20]
     assert checkpoint.latest(tmp_path / stage / "checkpoints").name == "step-00000015"
-    assert checkpoint.load_model(tmp_path / stage)
+    state = checkpoint.load_model(tmp_path / stage)[2]
+    assert (state.skipped, state.in_a_row) == (15, 15)
+    assert "not finite for 20 steps in a row, at step 20" in one_line(
+        inject(mini, tmp_path, "always", stage)
+    )  # resumed
+    assert lines(tmp_path / stage / "log.jsonl")[-1]["skipped"] == 20
 
 
 @slow
@@ -266,10 +271,12 @@ def test_what_one_rank_meets_ends_the_others(mini, tmp_path):
 def test_a_damaged_file_is_noted_once(tmp_path):
     file = tmp_path / "quarantine.jsonl"
     file.write_text('{"path": "cut by a k')
-    file.write_text("")
     for path, step in (("a.jpg", 1), ("b.jpg", 2), ("a.jpg", 3)):
         quarantine(file, {Path(path): "cannot be decoded"}, step)
-    assert [(row["path"], row["step"]) for row in lines(file)] == [("a.jpg", 1), ("b.jpg", 2)]
+    assert [(row["path"], row["step"]) for row in map(json.loads, file.read_text().splitlines()[1:])] == [
+        ("a.jpg", 1),
+        ("b.jpg", 2),
+    ]
 
 
 @pytest.mark.parametrize("task", ["ctcc", "li", "t2i"])
@@ -383,6 +390,12 @@ def test_latest_that_points_to_nothing(copy, content):
     [
         ({"model": replace(SMALL, depth=2)}, {}, None, "has depth 1, this run has 2; give the same options"),
         ({"seed": 1}, {}, None, "has seed 0, this run has 1"),
+        ({"window": 5}, {}, None, "has window 0, this run has 5"),
+        ({"shares": {"trad": 2}}, {}, None, "has shares {}, this run has {'trad': 2}"),
+        ({"temperature": 2.0}, {}, None, "has temperature 0.0, this run has 2.0"),
+        ({"leaders": ("trad",)}, {}, None, "has leaders .*this run has .'trad',."),
+        ({"ahead": 3}, {}, None, "has ahead 0, this run has 3"),
+        ({"train_instruction": True}, {}, None, "has train_instruction False, this run has True"),
         ({}, {"streams": ["trad/msmt17"]}, None, "has streams"),
         (
             {},
@@ -447,6 +460,32 @@ def wait_for(what, seconds: float = 120) -> None:
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_the_first_process_of_a_container_can_be_asked_to_end(monkeypatch):
+    monkeypatch.setattr(os, "getppid", lambda: 0)  # its parent is outside, and not to be seen
+    before = signal.getsignal(signal.SIGTERM)
+    termination = runtime.Termination()
+    try:
+        assert not termination.asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.asked()
+    finally:
+        termination.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_disk_that_gives_back_something_else(tmp_path, monkeypatch):
+    tensors = {"model.safetensors": {"a": torch.tensor([1.0, float("nan")])}}
+    checkpoint.write_files(tmp_path, tensors, {"state.json": "{}"})
+    checkpoint.verify(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_file", lambda file: {"a": torch.tensor([1.0, 0.0])})
+    with pytest.raises(InputError, match="does not hold what was written; check the disk"):
+        checkpoint.write_files(tmp_path, tensors, {})
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_text", lambda file: "[]")
+    with pytest.raises(InputError, match="does not hold what was written"):
+        checkpoint.write_files(tmp_path, tensors, {"state.json": "{}"})
 
 
 @pytest.mark.parametrize(

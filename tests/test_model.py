@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import SMALL
 
 import kernels
 from engine.config import MODELS, ModelConfig
@@ -15,6 +16,7 @@ from engine.model.fusion import Fusion
 from engine.model.instruction import Instruction, build_tokenizer, tokenize
 from engine.model.irm import IRM
 from engine.model.neck import GlobalBatchNorm
+from engine.tasks import TASKS
 
 TINY = MODELS["irm_tiny"]
 SHARED = replace(TINY, shared_stem=True)
@@ -303,6 +305,18 @@ def test_checkpointing_and_compiling_change_no_number():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
     assert kept[1] < kept[0] / 3
+
+
+@pytest.mark.parametrize(
+    ("tasks", "frozen"),
+    [(("trad", "li", "t2i"), ("picture",)), (("ctcc",), ("text",)), (("ctcc", "vi"), ())],
+)
+def test_towers_that_no_task_asks_are_frozen(tasks, frozen):
+    model = IRM(SMALL, 40, {})
+    model.freeze_unused(TASKS[task] for task in tasks)
+    assert model.instruct.frozen == frozen
+    still = {name.split(".")[1] for name, value in model.named_parameters() if not value.requires_grad}
+    assert still == set(frozen)
 
 
 def test_without_editing_the_instruction_reaches_fusion_alone():

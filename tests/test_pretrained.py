@@ -609,6 +609,33 @@ def sentence(stream=0) -> Batch:
     return Batch(stream, images, labels, torch.tensor([[2, 4, 6, 7, 3]]), torch.tensor([5]), None)
 
 
+@pytest.mark.parametrize("given", ["backbone", "bert", "albef", "vocabulary"])
+def test_a_resumed_run_has_the_model_and_words_of_its_begin(tmp_path, vocabulary, given):
+    """Without the files, which may be gone."""
+    torch.save({"model": drawn(albef(32, 2, 4, 4, len(WORDS), 32))}, tmp_path / "ALBEF.pth")
+    torch.save({"model": drawn(deit(48, 3, 6))}, tmp_path / "deit.pth")
+    files: dict = {
+        "backbone": {"backbone": "deit", "pretrained": tmp_path / "deit.pth"},
+        "bert": {"instruction_pretrained": tmp_path / "ALBEF.pth", "vocabulary": vocabulary},
+        "albef": {"instruction_pretrained": tmp_path / "ALBEF.pth", "vocabulary": vocabulary},
+        "vocabulary": {"vocabulary": vocabulary},
+    }[given]
+    if given == "bert":
+        torch.save(
+            {name: value for name, value in drawn(albef(32, 2, 4, 4, len(WORDS), 32)).items() if "visual" not in name},
+            tmp_path / "ALBEF.pth",
+        )
+    asked = TrainConfig(
+        model=replace(TINY, stem="conv", cls_stem=True, gate=0.3), **{name: str(file) for name, file in files.items()}
+    )
+    begin = pretrained.prepare(asked)
+    words = begin.tokenizer or build_tokenizer(["a man"])
+    again = pretrained.resumed(asked.but(resume=True), begin.config, words)
+    assert again.config == begin.config.but(resume=True)
+    assert (again.config.model != asked.model) == (given in ("backbone", "albef"))
+    assert again.tokenizer is (None if given == "backbone" else words)
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_pretrained_instruction_encoder_stays_as_it_is(tmp_path, vocabulary, trains):
     """Through a training step: unchanged and out of the optimiser, unless --train-instruction; all else moves."""

@@ -2,13 +2,16 @@
 
 import json
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import forked, options
+from conftest import SMALL, forked, options
 from safetensors.torch import load_file
 
 from engine import checkpoint
+from engine.config import TrainConfig
+from engine.schedule import learning_rate
 
 LOGGED = ("step", "streams", "loss", "stream_loss", "terms", "lr", "grad_norm", "skipped")
 
@@ -37,28 +40,36 @@ def assert_equal_runs(folder: Path, stage: int, ranks: int) -> None:
     straight, broken = folder / f"straight{stage}{ranks}", folder / f"broken{stage}{ranks}"
     assert [row["step"] for row in losses(straight)] == list(range(1, 41))
     assert losses(broken) == losses(straight)
+    config = TrainConfig.from_json((straight / "config.json").read_text())
+    assert all(row["lr"] == learning_rate(row["step"] - 1, config) for row in losses(straight))
     for file in ("model.safetensors", "optimizer.safetensors"):
         files = [(folder / "checkpoints" / "step-00000040" / file).read_bytes() for folder in (straight, broken)]
         assert files[0] == files[1], file
 
 
 FAST = [(0, 1), (1, 2)]
+CHANGES: dict = {(0, 1): {"ema": 0.9}, (1, 2): {"model": asdict(replace(SMALL, depth=2, drop_path=0.5))}}
 REST = [(stage, ranks) for stage in range(4) for ranks in (1, 2) if (stage, ranks) not in FAST]
 ACROSS = {"steps": 12, "checkpoint_every": 6, "log_samples": True, "global_losses": True}
 # The learning rate depends on the number of steps, which differs between the parts of a run here: held by a warm-up.
 ACROSS |= {"warmup": 1000, "lr_start": 1e-3}
+EVALUATED = {"evaluate": True, "quick": True, "eval_every": 2, "steps": 6, "checkpoint_every": 2, "keep": 9}
+EVALUATED |= {"tasks": ["trad"], "datasets": ["market1501"]}
 
 
 @pytest.fixture(scope="session")
 def runs(mini, tmp_path_factory) -> tuple[Path, str]:
     """All the trainings of the fast tests, one after another in one go, and what they said."""
     folder = tmp_path_factory.mktemp("runs")
-    plan = [run for case in FAST for run in killed_and_resumed(mini, folder, *case, ema=0.9 if case == (0, 1) else 0.0)]
+    plan = [run for case in FAST for run in killed_and_resumed(mini, folder, *case, **CHANGES[case])]
     plan.append({"change": options(mini, folder / "one", **ACROSS)})
     for before, after, stages in ((1, 2, (0, 2)), (2, 1, (3, 0))):
         first = options(mini, folder / f"{before}{after}", stages[0], **{**ACROSS, "steps": 6})
         then = options(mini, folder / f"{before}{after}", stages[1], **ACROSS, resume=True)
         plan += [{"ranks": before, "change": first}, {"ranks": after, "change": then}]
+    plan.append({"change": options(mini, folder / "averaged", steps=2, checkpoint_every=1, ema=0.9)})
+    evaluated = options(mini, folder / "evaluated", **EVALUATED)
+    plan += [{"change": evaluated}, {"change": {**evaluated, "resume": True}, "back": "step-00000002"}]
     lost = {"ranks": 2, "change": options(mini, folder / "lost"), "kill_at": 6, "kill": [1], "codes": [2, -9]}
     stages = [{"change": options(mini, folder / f"stage{stage}", stage, steps=8)} for stage in range(4)]
     return folder, forked(folder, [*plan, *stages, lost])
@@ -84,6 +95,24 @@ def test_averaged_weights_go_on_as_well(runs):
     assert not one["edit.blocks.0.attn.qkv.weight"].equal(weights["edit.blocks.0.attn.qkv.weight"])
     model = checkpoint.load_model(averages[0].parent)[0]  # what an evaluation takes
     assert all(value.equal(one[name]) for name, value in model.state_dict().items())
+
+
+@together
+def test_averages_count_the_steps(runs):
+    folder = runs[0] / "averaged" / "checkpoints"
+    first, second = (load_file(folder / f"step-0000000{step}" / "average.safetensors") for step in (1, 2))
+    weights = load_file(folder / "step-00000002" / "model.safetensors")
+    for name, value in second.items():
+        if value.is_floating_point():
+            assert value.sub(first[name].lerp(weights[name], 10 / 12)).abs().max() < 1e-6, name
+
+
+@together
+def test_what_a_kill_left_unmeasured_is_measured(runs):
+    """From the checkpoint of a step that --eval-every wants measured: as if nothing had happened."""
+    before, after = (lines(runs[0] / "evaluated" / f"{name}.jsonl") for name in ("before", "evaluations"))
+    assert [row["step"] for row in before] == [2, 4, 6]
+    assert before == after
 
 
 @pytest.mark.slow

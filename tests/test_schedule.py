@@ -1,5 +1,7 @@
 """Learning rate and parameter groups."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import SMALL
@@ -23,7 +25,8 @@ def test_warm_up_then_cosine_of_the_paper():
 def rates(config: TrainConfig) -> dict[str, tuple[float, float]]:
     """Parameter -> factor of its rate, weight decay."""
     torch.manual_seed(0)
-    module = TrainingModel(IRM(config.model, 40, {"trad/a": 3}), config, ["trad/a"], [False])
+    irm = IRM(replace(config.model, embed_norm=True), 40, {"trad/a": 3}, ["t2i/a"])
+    module = TrainingModel(irm, config, ["trad/a", "t2i/a"], [False, True])
     names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
     groups = parameter_groups(module, config)
     found = {names[p]: (g["multiplier"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -39,12 +42,12 @@ def test_new_layers_learn_faster_and_vectors_do_not_decay():
     assert found["edit.kv_ins.weight"] == (7.0, 5e-4)
     assert found["edit.gates"] == (7.0, 0.0)
     assert found["heads.trad__a.classify.cls.weight"] == (7.0, 5e-4)
-    assert found["fuse.project.weight"] == (7.0, 5e-4)
+    for part in ("fuse.project", "match", "project_image", "project_text"):
+        assert found[f"{part}.weight"] == (7.0, 5e-4)
+    assert found["temperature.value"] == found["whiten.t2i__a.text.weight"] == (7.0, 0.0)
 
 
 def test_layer_decay():
-    from dataclasses import replace
-
     found = rates(TrainConfig(model=replace(SMALL, depth=3), layer_decay=0.5, lr_new=7.0))
     assert [found[f"edit.blocks.{i}.mlp.fc1.weight"][0] for i in range(3)] == [0.25, 0.5, 1.0]
     stem = next(name for name in found if name.startswith("edit.patch_embed.") and name.endswith("weight"))

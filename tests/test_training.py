@@ -79,6 +79,11 @@ def test_the_best_checkpoint_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
     checkpoint.mark_best(tmp_path, "step-5", 0.6, keep=2)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-4", "step-5"]
+    (tmp_path / ".part-3").mkdir()  # of a run that was resumed from step 2
+    (tmp_path / ".part-3" / "state.json").touch()
+    checkpoint._publish(tmp_path, tmp_path / ".part-3", "step-3", keep=2)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-3"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-3"
     (tmp_path / "best.json").write_text("{")
     assert checkpoint.best(tmp_path) is None
 

@@ -14,6 +14,7 @@ def test_a_window_is_the_weighted_sum_of_its_streams():
     assert found["idle"] == ["picture"]  # the tower of a task that is not in the window: gradients of 0
     assert found["error"] < 6e-8
     assert found["norm"] == pytest.approx(1, abs=6e-8)
+    assert found["rates"] == {"old": pytest.approx(1, rel=1e-2), "new": pytest.approx(7, rel=1e-2)}
 
 
 @pytest.mark.slow  # tests/test_equality.py says the same of every gradient

@@ -250,7 +250,7 @@ class Sampler:
             instruction_rows[mine],
             choice[mine],
             sentence,
-            _augmentation(augmentation[:, mine], colourless=stream.task.name == "vi"),
+            _augmentation(augmentation[:, mine], colourless=stream.task.cross_modal),
         )
 
     def label(self, stream: Stream, row: int) -> int:
@@ -299,7 +299,7 @@ class Sampler:
         both."""
         starts, stops = stream.starts[labels], stream.starts[labels + 1]
         places = starts + draw(stops - starts, K, generator)
-        if stream.task.name == "vi" and K > 1:
+        if stream.task.cross_modal and K > 1:
             middles, visible = stream.middles[labels], K - K // 2
             both = (starts < middles) & (middles < stops)
             split = [

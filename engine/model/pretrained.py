@@ -396,9 +396,9 @@ def _check_bert(file: Path, option: str, config: TrainConfig) -> None:
 def _tokenizer(config: TrainConfig) -> Tokenizer | None:
     """That of --vocabulary or of a BERT folder; None where neither is given."""
     own = not config.vocabulary and os.path.isdir(config.instruction_pretrained)
-    place = Path(config.instruction_pretrained if own else config.vocabulary)
-    if place == Path():
+    if not own and not config.vocabulary:
         return None
+    place = Path(config.instruction_pretrained if own else config.vocabulary)
     option = f"--vocabulary {place}" if not own else f"--instruction-pretrained {place}"
     if os.path.isdir(place):
         files = [place / name for name in ("tokenizer.json", "vocab.txt") if os.path.isfile(place / name)]
