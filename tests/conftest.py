@@ -58,7 +58,7 @@ def mini(tmp_path_factory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where there is none. The longest come first, so that parallel processes end alike."""
+    """Tests marked gpu are skipped where there is none. The longest come first: then parallel processes end alike."""
     import torch
 
     items.sort(key=lambda item: "test_resume" not in item.nodeid)
