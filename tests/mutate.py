@@ -822,7 +822,7 @@ MUTANTS = [
         ("vi: who has one modality is split", "(starts < middles) & (middles < stops)", "middles < stops"),
         ("vi: who lacks infrared is split", "(starts < middles) & (middles < stops)", "starts < middles"),
         ("modalities part one image late", "np.searchsorted(key, key[starts[:-1]] | 1)", "starts[:-1] + 1"),
-        ("every task splits by modality", 'stream.task.cross_modal and K > 1', "K > 1"),
+        ("every task splits by modality", "stream.task.cross_modal and K > 1", "K > 1"),
         ("temperature: the wrong root", "** (1 / temperature)", "** temperature"),
         ("temperature: over the largest", "/ min(images))", "/ max(images))"),
         ("temperature: rounded down", "np.rint(weights)", "np.floor(weights)"),
