@@ -71,11 +71,11 @@ class Log:
 
 def evaluated(output: Path, step: int, metrics: dict[str, Any]) -> None:
     """Note one evaluation in evaluations.jsonl and TensorBoard, in place of what was noted of this step."""
+    row = {"step": step, "mean_mAP": metrics["mean_mAP"], "tasks": metrics["tasks"]}
     with writing(output):
         _forget_after(output / "evaluations.jsonl", step - 1)
-    with writing(output), (output / "evaluations.jsonl").open("a") as file:
-        row = {"step": step, "mean_mAP": metrics["mean_mAP"], "tasks": metrics["tasks"]}
-        print(json.dumps(_json(row)), file=file)
+        with (output / "evaluations.jsonl").open("a") as file:
+            print(json.dumps(_json(row)), file=file)
         with SummaryWriter(str(output / "tensorboard")) as board:
             board.add_scalar("test/mean_mAP", metrics["mean_mAP"], step)
     print(f"step {step}: mean mAP over tasks {100 * metrics['mean_mAP']:.2f} %", flush=True)

@@ -117,15 +117,13 @@ def load_optimizer_state(ds_engine: Any, stored: dict[str, Tensor]) -> None:
     """Put back what `optimizer_state` gave, under any ZeRO stage and number of ranks. InputError for another model's.
     What is not trained any more is passed over. (Steps are the same for all parameters: one that a window leaves out
     has a gradient of 0 from DeepSpeed.)"""
-    trained = dict(_trained(ds_engine))
-    frozen = {name.removeprefix("model.") for name, value in ds_engine.module.named_parameters()} - trained.keys()
+    known = {name.removeprefix("model."): value for name, value in ds_engine.module.named_parameters()}
     for key, value in stored.items():
         what, _, name = key.partition("/")
-        if name not in trained.keys() | frozen or (
-            name in trained and what in MOMENTS and value.shape != _shape(trained[name])
-        ):
+        if name not in known or (what in MOMENTS and value.shape != _shape(known[name])):
             raise InputError(f"--resume: optimizer.safetensors: {key} is of another model; use another checkpoint")
     stage, optimizer = ds_engine.zero_optimization_stage(), ds_engine.optimizer
+    trained = dict(_trained(ds_engine))
     names = [name for name in trained if f"step/{name}" in stored]
     if not stage:
         for name in names:

@@ -9,7 +9,8 @@ that share one's identity, R anchors of a block.
 
 Readings that Eq. 5 leaves open, each an option of `adaptive_triplet`, and what follows from it:
 mining               "all": every triplet teaches. "hard": per anchor the two farthest same-identity samples and the
-                     nearest other one, as the authors' released code trains; outliers and wrong labels weigh most
+                     nearest other one, as the authors' released code trains (its tie is 0); outliers and wrong labels
+                     weigh most
 distance             "squared": the pull grows with the distance. "euclidean": it does not, but has a kink at 0
 tie                  pairs with |b1 - b2| <= tie do not count: fixed sentences sit on such ties, but for the rounding of
                      products, whose sign means nothing
