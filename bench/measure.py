@@ -190,7 +190,7 @@ def write(file: Path | None, result: dict[str, Any]) -> None:
 
 
 def bars(file: Path | None, groups: dict[str, dict[str, float]], title: str, axis: str) -> None:
-    """Grouped bars as a picture: group -> name -> value. Says so and goes on where matplotlib is not installed."""
+    """Grouped bars of ratios: group -> name -> value. Says so and goes on where matplotlib is not installed."""
     if file is None:
         return
     try:
@@ -208,7 +208,9 @@ def bars(file: Path | None, groups: dict[str, dict[str, float]], title: str, axi
         places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
         axes.bar(places, [group.get(name, 0.0) for group in groups.values()], width, label=name)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axes.set_yscale("log")  # of ratios
+    values = [value for group in groups.values() for value in group.values()]
+    if max(values, default=1) > 4 * min(values, default=1):  # ratios; near ones as lengths from 0
+        axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_ylabel(axis)
     axes.set_title(title, fontsize=10)
