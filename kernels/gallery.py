@@ -311,11 +311,10 @@ _sweeps, _threads, _precisions = 0, 1, ("", "")
 
 @contextlib.contextmanager
 def multiplying(device: torch.device) -> Iterator[int]:
-    """torch's settings while products are made, put back by the last of the threads that are in here.
+    """torch's settings while products are made, put back by the last of the threads that are in here; yields how many
+    threads a sweep may use.
 
-    float32 is multiplied as float32, whatever `torch.set_float32_matmul_precision` allows: the bounds rest on it. On a
-    CPU a product takes one thread; yields how many torch had, so many may run side by side. (A product for each thread
-    beats one product for all: nobody waits, and what a thread made it reads from its cache.)"""
+    float32 is multiplied as float32, whatever `torch.set_float32_matmul_precision` allows: the bounds rest on it."""
     global _sweeps, _threads, _precisions
     backends: Any = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     with _settings:
@@ -324,8 +323,6 @@ def multiplying(device: torch.device) -> Iterator[int]:
             _precisions = backends[0].fp32_precision, backends[1].fp32_precision
             for matmul in backends:
                 matmul.fp32_precision = "ieee"
-            if _threads > 1:
-                torch.set_num_threads(1)
         _sweeps += 1
     try:
         yield _threads if device.type == "cpu" else 1
@@ -335,8 +332,7 @@ def multiplying(device: torch.device) -> Iterator[int]:
             if not _sweeps:
                 for matmul, precision in zip(backends, _precisions, strict=True):
                     matmul.fp32_precision = precision
-                if _threads > 1:
-                    torch.set_num_threads(_threads)
+                torch.set_num_threads(_threads)  # a sweep's threads have set it to 1
 
 
 def in_parts(work: Callable[[int, int], Any], count: int, device: torch.device, *, least: int) -> None:
@@ -345,12 +341,13 @@ def in_parts(work: Callable[[int, int], Any], count: int, device: torch.device, 
     run_all([functools.partial(work, count * i // parts, count * (i + 1) // parts) for i in range(parts)], parts)
 
 
-def run_all(tasks: Sequence[Callable[[], Any]], threads: int) -> None:
+def run_all(tasks: Sequence[Callable[[], Any]], threads: int, prepare: Callable[[], Any] | None = None) -> None:
+    """Every task once, on so many threads side by side; prepare() in each new one."""
     if threads < 2 or len(tasks) < 2:
         for task in tasks:
             task()
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
         for done in [pool.submit(task) for task in tasks]:
             done.result()
 
@@ -397,7 +394,9 @@ def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order:
         for part, columns in enumerate(itertools.pairwise(G * i // parts for i in range(parts + 1)))
         for start in range(0, Q, rows)
     ]
-    run_all(tasks, threads)
+    # A product takes the thread that asks for it: nobody waits, and what a thread made it reads from its cache. A new
+    # thread's BLAS would take all cores, whatever was set before it began.
+    run_all(tasks, threads, functools.partial(torch.set_num_threads, 1))
 
 
 def parts_of(queries: int, gallery: int, threads: int) -> int:

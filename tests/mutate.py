@@ -178,6 +178,7 @@ MUTANTS = [
             "for start in range(columns[0], columns[1] - 1, width):",
         ),
         ("threads are not put back", "torch.set_num_threads(_threads)", "pass"),
+        ("each thread's product takes all", ", functools.partial(torch.set_num_threads, 1))", ")"),
         ("float32 is multiplied in fewer bits", 'matmul.fp32_precision = "ieee"', "pass"),
         ("precision is not put back", "matmul.fp32_precision = precision", "pass"),
         ("one key counts", "(len(rows), None), f", "(len(rows), 1), f"),

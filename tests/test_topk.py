@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -221,6 +224,27 @@ def test_strides_do_not_matter():
     wide = torch.zeros(900, 40)
     wide[:, ::2] = gallery
     assert same(kernels.topk(queries.T.contiguous().T, wide[:, ::2], 5), expected)
+
+
+@pytest.mark.parametrize("Q", [64, 700])
+def test_a_product_takes_one_thread(Q, monkeypatch):
+    """Two side by side: products that divide themselves would be four threads on two cores."""
+    taken, multiply, before = [], module.multiply, torch.get_num_threads()
+    openmp = ctypes.CDLL(torch._C.__file__)  # where the library that torch loaded is found
+
+    def observed(*given):
+        taken.append((threading.get_ident(), openmp.omp_get_max_threads()))  # torch, asked, would set it
+        multiply(*given)
+
+    monkeypatch.setattr(module, "multiply", observed)
+    try:
+        torch.set_num_threads(2)
+        kernels.topk(*features(Q, 9500, 12), 5)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len({thread for thread, _ in taken}) == 2
+    assert {count for _, count in taken} == {1}
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "sorted"])
