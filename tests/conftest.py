@@ -1,10 +1,12 @@
 """Fixtures: one small drawn data set for the whole test run, and a way to run a recipe as users do."""
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,8 +80,40 @@ def free_port() -> int:
 AS_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
-def recipe(*arguments: str | Path, timeout: int = 300, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS...` from the checkout: one rank, without the launcher."""
+@functools.cache
+def server() -> subprocess.Popen:
+    """tests/server.py, one for each test process, on that one's core."""
+    command = [sys.executable, str(ROOT / "tests" / "server.py")]
+    return subprocess.Popen(command, cwd=ROOT, env=clean(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def clean() -> dict[str, str]:
+    """The environment of a recipe: no GPU, no rank, no path."""
+    without = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return without | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def recipe(*arguments: str | Path, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS...` from the checkout, without the launcher and with the libraries loaded (tests/server.py): as
+    one rank that is told nothing, or as so many."""
+    given = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [f"{folder}/out", f"{folder}/err"]
+        request = {"arguments": given, "cwd": str(ROOT), "environment": clean(), "outputs": outputs}
+        process = server()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(request | {"ranks": ranks, "timeout": timeout}) + "\n")
+        process.stdin.flush()
+        codes = json.loads(process.stdout.readline())
+        said = [Path(file).read_text() for file in outputs]
+    if codes is None:
+        raise subprocess.TimeoutExpired(given, timeout, *said)
+    return subprocess.CompletedProcess(given, next(filter(None, codes), 0), *said)
+
+
+def start(*arguments: str | Path, timeout: int = 300, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS...` from the checkout, from the start."""
     return _run([*prefix, sys.executable, *map(str, arguments)], ROOT, timeout)
 
 
@@ -104,9 +138,7 @@ def forked(folder: Path, runs: list[dict]) -> str:
     """What these trainings said (tests/forked.py); their ranks must end with `codes`, by default 0."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    done = subprocess.run(
-        [sys.executable, "tests/forked.py", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    done = recipe("tests/forked.py", file, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for run, codes in zip(runs, json.loads(done.stdout), strict=True):
         assert codes == run.get("codes", [run.get("code", 0)] * run.get("ranks", 1)), done.stderr[-3000:]
@@ -118,6 +150,4 @@ def options(mini: Path, output: Path, stage: int = 0, **change) -> dict:
 
 
 def _run(command: list[str], cwd: Path, timeout: int) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=clean(), capture_output=True, text=True, timeout=timeout)

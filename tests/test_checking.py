@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import AS_USER, SMALL, launch
+from conftest import AS_USER, SMALL, launch, start
 from conftest import recipe as recipe_run
 from PIL import Image
 from test_pipeline import damaged
@@ -592,7 +592,7 @@ def test_training_on_a_folder_with_damaged_files(mini, tmp_path):
     early, late = set(chosen[::2]), set(chosen[1::2])
     for number, file in enumerate(early):
         damage(file, BEFORE[number % len(BEFORE)])
-    assert recipe_run("recipes/data.py", "index", "--data", data, prefix=AS_USER).returncode == 0
+    assert start("recipes/data.py", "index", "--data", data, prefix=AS_USER).returncode == 0
     for number, file in enumerate(sorted(late)):
         damage(file, AFTER[number % len(AFTER)])
     model = tmp_path / "small.json"

@@ -5,16 +5,16 @@ themselves they are left out here.
 """
 
 import functools
-import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from conftest import SMALL as SMALLER
+from conftest import recipe
 
 from engine.config import TrainConfig
 from engine.data.record import Batch
@@ -105,9 +105,10 @@ def hard_pairs(dtype: torch.dtype, rank: int, world: int) -> dict[str, torch.Ten
     return pairs(dtype, rank, world, "hard")
 
 
-def worker(rank: int, world: int, port: int, folder: str) -> None:
+def worker(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
     result = {
         (what.__name__, dtype): what(dtype, rank, world)
         for what in (neck, identity, pairs, hard_pairs)
@@ -125,10 +126,8 @@ def results(tmp_path_factory) -> Callable[[int], list[dict]]:
 
     @functools.cache
     def found(world: int) -> list[dict]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        multiprocessing.spawn(worker, (world, port, folder), nprocs=world)
+        done = recipe(__file__, folder, ranks=world)
+        assert done.returncode == 0, done.stderr
         return [torch.load(f"{folder}/{world}.{rank}") for rank in range(world)]
 
     return found
@@ -174,3 +173,7 @@ def test_one_rank_agrees_with_torch_batch_norm(results):
         torch.testing.assert_close(mine[f"input_grad{number}"], x.grad, rtol=0, atol=1e-10)
     torch.testing.assert_close(mine["weight_grad"], layer.weight.grad, rtol=0, atol=1e-10)
     torch.testing.assert_close(mine["var"], layer.running_var, rtol=0, atol=1e-10)
+
+
+if __name__ == "__main__":  # one rank
+    worker(sys.argv[1])

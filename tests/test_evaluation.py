@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import launch, recipe
+from conftest import recipe
 from PIL import Image
 
 import engine
@@ -54,9 +54,9 @@ def untrained(mini, tmp_path_factory) -> Path:
 def test_metrics_do_not_depend_on_the_number_of_ranks(untrained, mini, tmp_path):
     """The whole file: sentences, clothes pictures, descriptions and re-scored texts, over blocks with a short tail."""
     command = ["recipes/evaluate.py", "--checkpoint", untrained, "--data", mini, *TESTED, "--save-features"]
-    for ranks in (0, 2, 3):  # 0: plain python
+    for ranks in (0, 2, 3):  # 0: told no rank
         arguments = [*command, "--output", tmp_path / str(ranks)]
-        done = launch(*arguments, ranks=ranks) if ranks else recipe(*arguments)
+        done = recipe(*arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("mean mAP over tasks") == 1
         written = ["features.npz", "metrics.json", "retrieval.html"]
@@ -92,7 +92,7 @@ def test_a_damaged_test_image_ends_both_ranks_with_one_line(untrained, mini, tmp
     test = rows.select("query", "gallery")
     image = rows.path(test[BATCH + 1])  # in the second block: rank 1 alone meets it
     image.write_bytes(image.read_bytes()[:100])
-    done = launch(
+    done = recipe(
         "recipes/evaluate.py", "--checkpoint", untrained, "--data", tmp_path / "data", "--quick", "--output",
         tmp_path / "out", ranks=2,
     )  # fmt: skip

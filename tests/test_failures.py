@@ -72,8 +72,7 @@ def copy(small, tmp_path) -> Path:
 
 
 def inject(mini: Path, output: Path, kind: str, stages: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    arguments = ("tests/inject.py", mini, output, kind, stages)
-    return recipe(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
+    return recipe("tests/inject.py", mini, output, kind, stages, ranks=ranks)
 
 
 def changed(done: subprocess.CompletedProcess) -> list[list[bool]]:
@@ -132,19 +131,18 @@ def test_a_full_disk_ends_all_ranks_and_keeps_older_checkpoints(mini, copy, rank
     """A limit on the size of a file stands for the disk: the weights exceed it."""
     if ranks > 1:
         shutil.rmtree(copy)
-        assert launch(*training(mini, copy, 4), ranks=ranks).returncode == 0
+        assert recipe(*training(mini, copy, 4), ranks=ranks).returncode == 0
     left = copy / "checkpoints" / ".part-step-00000003"
     left.mkdir()
-    command = [sys.executable, *map(str, training(mini, copy, 8)), "--resume"]
-    if ranks > 1:
-        command[:1] = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
-        command[3:3] = ["--master_port", str(free_port())]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    said = one_line(done)
+    (copy.parent / "limited.py").write_text(f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, 64 << 10))
+sys.dont_write_bytecode = True
+sys.path[0] = "{ROOT}/recipes"
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    said = one_line(recipe(copy.parent / "limited.py", *training(mini, copy, 8), "--resume", ranks=ranks))
     assert "cannot write" in said
     assert "free space or choose another --output" in said
     folder = copy / "checkpoints"
@@ -261,7 +259,7 @@ def test_what_one_rank_meets_ends_the_others(mini, tmp_path):
     for row in index.select("train").tolist():
         if index.pid[row] not in whole:
             index.path(row).write_bytes(b"no image")
-    said = one_line(launch(*training(tmp_path / "data", tmp_path / "run", 20), ranks=2))
+    said = one_line(recipe(*training(tmp_path / "data", tmp_path / "run", 20), ranks=2))
     assert "damaged" in said
     assert "repair the data set" in said
     noted = [row["path"] for row in lines(tmp_path / "run" / "quarantine.jsonl")]
@@ -495,7 +493,7 @@ def test_a_disk_that_gives_back_something_else(tmp_path, monkeypatch):
         (False, "error: the ranks did not meet at 127.0.0.1:{port} (1 of 2 ranks came within 2 s); is every machine "),
     ],
 )
-def test_ranks_that_do_not_meet(listening, message):
+def test_ranks_that_do_not_meet(tmp_path, listening, message):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
@@ -510,11 +508,12 @@ def test_ranks_that_do_not_meet(listening, message):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        code = f"import os, sys, datetime; os.environ |= {place}; sys.path.insert(0, '.')\n"
+        code = f"import os, sys, datetime; os.environ |= {place}; sys.path.insert(0, {str(ROOT)!r})\n"
         code += "from engine import runtime; from recipes import options\n"
         code += "runtime.JOIN = datetime.timedelta(seconds=2)\n"
         code += "sys.exit(options.run(lambda: runtime.start('cpu')))"
-        done = recipe("-c", code)
+        (tmp_path / "meet.py").write_text(code)
+        done = recipe(tmp_path / "meet.py")
     assert done.returncode == 2
     assert message.format(port=port) in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,7 +1,6 @@
 """Whole runs as users start them: DeepSpeed, real files, one and two ranks."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -137,13 +136,8 @@ def test_metrics_can_be_recomputed_from_the_stored_features(run):
 
 @pytest.mark.xdist_group("run")
 def test_a_stored_checkpoint_evaluates_to_the_same_numbers(run, mini, tmp_path):
-    done = subprocess.run(
-        [sys.executable, *f"recipes/evaluate.py --checkpoint {run} --data {mini} --quick --tasks trad,li".split()]
-        + ["--output", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = f"recipes/evaluate.py --checkpoint {run} --data {mini} --quick --tasks trad,li --output {tmp_path}"
+    done = recipe(*command.split())
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "metrics.json").read_text())["tasks"]
     before = json.loads((run / "metrics.json").read_text())["tasks"]
@@ -176,7 +170,7 @@ def test_same_seed_same_run_and_resuming_is_the_same(run, mini, tmp_path):
 
 
 def test_two_ranks_share_each_batch(mini, tmp_path):
-    done = launch(
+    done = recipe(
         "recipes/mtl.py", "--data", mini, *QUICK, "--steps", "8", "--no-eval", "--log-samples", "--output",
         tmp_path / "run", ranks=2,
     )  # fmt: skip
@@ -286,14 +280,7 @@ def test_bad_input_is_one_line_and_exit_code_2(mini, tmp_path, arguments, messag
     arguments = [text.replace("MINI", str(mini)).replace("TMP", str(tmp_path)) for text in arguments]
     if "--output" not in arguments:
         arguments += ["--output", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = recipe(*arguments)
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(ours) == 1
@@ -303,7 +290,7 @@ def test_bad_input_is_one_line_and_exit_code_2(mini, tmp_path, arguments, messag
 
 @pytest.mark.xdist_group("run")
 def test_a_used_folder_is_refused(run, mini):
-    done = launch("recipes/mtl.py", "--data", mini, *QUICK, "--steps", "1", "--output", run)
+    done = recipe("recipes/mtl.py", "--data", mini, *QUICK, "--steps", "1", "--output", run)
     assert done.returncode == 2
     assert "holds a run already" in done.stderr
     assert "Traceback" not in done.stderr
