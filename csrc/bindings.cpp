@@ -59,9 +59,7 @@ template <void work(const TopK&, const Candidates*, int64_t, int64_t, int64_t, f
 void finish(const TopK& search, const Candidates& parts, int64_t count, int64_t Q, int64_t q0, int64_t q1,
             address values, address rows) {
   std::vector<Candidates> lists;
-  for (int64_t p = 0; p < count; ++p)
-    lists.push_back(
-        {parts.entries + p * Q * parts.capacity, parts.counts + p * Q, parts.floors + p * Q, parts.capacity});
+  for (int64_t p = 0; p < count; ++p) lists.push_back(parts.part(p, Q));
   work(search, lists.data(), count, q0, q1, at<float>(values), at<int64_t>(rows));
 }
 
@@ -91,7 +89,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("norms_cpu", [](address rows, int kind, int64_t G, int64_t D, address norms) {
     norms_cpu(at<const void>(rows), kind, G, D, at<double>(norms));
   }, unlocked);
-  m.def("topk_tile_cpu", &topk_tile_cpu, unlocked);
+  m.def("topk_tile_cpu", [](const TopK& search, const Tile& tile, const Candidates& candidates, int64_t, int64_t) {
+    topk_tile_cpu(search, tile, candidates);  // a tile's columns are not divided
+  }, unlocked);
   m.def("topk_finish_cpu", &finish<topk_finish_cpu>, unlocked);
   m.def("pair_scores_cpu", [](const Pairs& pairs, address offsets, address positives, int64_t Q, int64_t begin,
                               int64_t end, address out) {
@@ -122,9 +122,9 @@ PYBIND11_MODULE(_C, m) {
   }, unlocked);
   m.def("topk_tile_cuda", &topk_tile_cuda, unlocked);
   m.def("topk_finish_cuda", &topk_finish_cuda, unlocked);
-  m.def("topk_score_cuda", [](const TopK& search, const Candidates& candidates, int64_t Q, int64_t width,
-                              address scores, address rows, const Launch& launch) {
-    topk_score_cuda(search, candidates, Q, width, at<float>(scores), at<int64_t>(rows), launch);
+  m.def("topk_score_cuda", [](const TopK& search, const Candidates& candidates, int64_t Q, int64_t split,
+                              int64_t width, address scores, address rows, const Launch& launch) {
+    topk_score_cuda(search, candidates, Q, split, width, at<float>(scores), at<int64_t>(rows), launch);
   }, unlocked);
   m.def("pair_scores_cuda", [](const Pairs& pairs, address offsets, address positives, int64_t Q, int64_t P,
                                address out, const Launch& launch) {

@@ -31,15 +31,29 @@ struct Tile {
   int64_t q0, q1, g0, g1;
 };
 
+struct RowBound {
+  float a, b, e, f;
+};
+
+HOST_DEVICE ALWAYS_INLINE RowBound row_bound(const Bounds& bounds, int64_t g) {
+  return {bounds.a[g], bounds.b[g], bounds.e[g], bounds.f[g]};
+}
+
+struct Interval {
+  float low, high;
+};
+
+HOST_DEVICE ALWAYS_INLINE Interval interval(float product, const RowBound& g, const QueryBound& q) {
+  const float key = product * g.a * q.s + (g.b + q.c);
+  const float error = q.x * g.e + (q.y * g.f + q.h);
+  const float low = key - error, high = key + error;
+  if (!(low <= high)) return {-INFINITY, INFINITY};  // NaN
+  return {low, high};
+}
+
 HOST_DEVICE ALWAYS_INLINE Candidate candidate(float product, const Bounds& bounds, const QueryBound& q, int64_t g) {
-  const float key = product * bounds.a[g] * q.s + (bounds.b[g] + q.c);
-  const float error = q.x * bounds.e[g] + (q.y * bounds.f[g] + q.h);
-  float low = key - error, high = key + error;
-  if (!(low <= high)) {  // NaN
-    low = -INFINITY;
-    high = INFINITY;
-  }
-  return {low, high, static_cast<int32_t>(g)};
+  const Interval found = interval(product, row_bound(bounds, g), q);
+  return {found.low, found.high, static_cast<int32_t>(g)};
 }
 
 // Keys by which a query leaves gallery rows out: any of J equal ones.

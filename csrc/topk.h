@@ -3,12 +3,17 @@
 #pragma once
 #include "filter.h"
 
-// Candidates of queries q0 .. q1 among a part of the gallery; rows ascend in each list.
+// Candidates of Q queries among a part of the gallery; rows ascend in each list.
 struct Candidates {
   Candidate* entries;  // [Q, capacity]
   int32_t* counts;     // [Q]
   float* floors;       // [Q]: k rows that score this at least are known
   int64_t capacity;    // > k
+
+  // The next of several such in a row, [parts, Q, ...].
+  HOST_DEVICE Candidates part(int64_t p, int64_t Q) const {
+    return {entries + p * Q * capacity, counts + p * Q, floors + p * Q, capacity};
+  }
 };
 
 struct TopK {

@@ -1,18 +1,20 @@
-// Top-k as a thread block does it: one block owns one query's list, so nothing is lost, and the order of a list does not
+// Top-k as a thread block does it: one block owns its queries' lists, so nothing is lost, and the order of a list does not
 // depend on timing. Compiled for the GPU by topk.cu and for tests, emulated, by emulated.cpp.
 #pragma once
 #include "block.h"
 #include "topk.h"
 
-constexpr int EACH = 4;  // products that a thread looks at before the block meets
+constexpr int EACH = 4;     // columns that a thread looks at before the block meets
+constexpr int QUERIES = 4;  // of a block, where there are many: a column's bounds (16 bytes) are read once for all
 
 template <int T>
 struct TopKShared {
   int32_t counts[T], spare[T], equal[T];
   Candidate staged[T];
   Selection selection;
-  int32_t any;
-  float floor;
+  int32_t any[QUERIES];
+  float floors[QUERIES];
+  QueryBound of_query[QUERIES];
 };
 
 // Keeps the entries for which keep(entry, equals before it) holds, in order; equals(entry) tells which are counted.
@@ -43,17 +45,17 @@ HOST_DEVICE inline int64_t partition(const Block& block, Candidate* list, int64_
   return kept;
 }
 
-// As compact() of topk.cpp.
+// As compact() of topk.cpp; slot: the query's number in the block.
 template <class Block>
-HOST_DEVICE inline int64_t block_compact(const Block& block, const TopK& search, int64_t q, Candidate* list, int64_t n,
-                                         int64_t room, TopKShared<Block::THREADS>& shared) {
+HOST_DEVICE inline int64_t block_compact(const Block& block, const TopK& search, int64_t q, int slot, Candidate* list,
+                                         int64_t n, int64_t room, TopKShared<Block::THREADS>& shared) {
   const int64_t k = search.k;
   const auto none = [](const Candidate&) { return false; };
   float limit = kth_greatest(block, n, k, [&](int64_t i) { return list[i].low; }, shared.selection);
   block.each([&](int t) {
-    if (t == 0 && limit > shared.floor) shared.floor = limit;
+    if (t == 0 && limit > shared.floors[slot]) shared.floors[slot] = limit;
   });
-  const float floor = shared.floor;
+  const float floor = shared.floors[slot];
   n = partition(block, list, n, none, [&](const Candidate& entry, int64_t) { return !(entry.high < floor); }, shared);
   if (n <= k + room) return n;
   block.each([&](int t) {
@@ -63,7 +65,7 @@ HOST_DEVICE inline int64_t block_compact(const Block& block, const TopK& search,
   limit = kth_greatest(block, n, k, [&](int64_t i) { return list[i].low; }, shared.selection);
   const int64_t greater = k - shared.selection.rank;  // rows that score more; of the equal ones the lowest stay
   block.each([&](int t) {
-    if (t == 0 && limit > shared.floor) shared.floor = limit;
+    if (t == 0 && limit > shared.floors[slot]) shared.floors[slot] = limit;
   });
   return partition(
       block, list, n, [&](const Candidate& entry) { return entry.low == limit; },
@@ -73,55 +75,88 @@ HOST_DEVICE inline int64_t block_compact(const Block& block, const TopK& search,
       shared);
 }
 
-// Adds what one query's products let pass. capacity >= k + 2 T EACH.
+// Adds to one query's list, of n entries, what of the columns start .. start + T EACH, below end, passes; returns the
+// entries then.
 template <class Block, class T>
-HOST_DEVICE inline void block_tile(const Block& block, const TopK& search, const Tile& tile,
-                                   const Candidates& candidates, int64_t q, TopKShared<Block::THREADS>& shared) {
-  const int64_t width = tile.g1 - tile.g0, step = Block::THREADS * EACH;
+HOST_DEVICE inline int64_t append(const Block& block, const TopK& search, const Tile& tile, const Candidates& candidates,
+                                  int64_t q, int slot, int start, int end, int64_t n,
+                                  TopKShared<Block::THREADS>& shared) {
+  const int64_t width = tile.g1 - tile.g0;
   const T* products = static_cast<const T*>(tile.products) + (q - tile.q0) * width;
-  const QueryBound own = search.bounds.of_query[q];
   Candidate* list = candidates.entries + q * candidates.capacity;
-  int64_t n = candidates.counts[q];
-  block.each([&](int t) {
-    if (t == 0) shared.floor = candidates.floors[q];
-  });
   // passing(i, entry): whether column i's row may be among the best, and is admissible
-  const auto passing = [&](int64_t i, Candidate& entry) {
-    if (i >= width) return false;
-    entry = candidate(static_cast<float>(products[i]), search.bounds, own, tile.g0 + i);
-    return !(entry.high < shared.floor) && !search.excluded(q, entry.row);
+  const auto passing = [&](int i, Candidate& entry) {
+    if (i >= end) return false;
+    entry = candidate(static_cast<float>(products[i]), search.bounds, shared.of_query[slot], tile.g0 + i);
+    return !(entry.high < shared.floors[slot]) && !search.excluded(q, entry.row);
   };
-  for (int64_t start = 0; start < width;) {
-    block.each([&](int t) {
-      if (t == 0) shared.any = 0;
-    });
+  for (;;) {
     block.each([&](int t) {
       int32_t count = 0;
       Candidate entry;
       for (int v = 0; v < EACH; ++v) count += passing(start + t * EACH + v, entry);
       shared.counts[t] = count;
-      if (count) shared.any = 1;
     });
-    if (shared.any) {
-      const int32_t total = scan(block, shared.counts, shared.spare);
-      if (n + total > candidates.capacity) {  // then look again: the floor has risen
-        n = block_compact(block, search, q, list, n, (candidates.capacity - search.k) / 2, shared);
-        continue;
-      }
+    const int32_t total = scan(block, shared.counts, shared.spare);
+    if (n + total <= candidates.capacity) {
       block.each([&](int t) {
         int64_t at = n + shared.counts[t];
         Candidate entry;
         for (int v = 0; v < EACH; ++v)
           if (passing(start + t * EACH + v, entry)) list[at++] = entry;
       });
-      n += total;
+      return n + total;
     }
-    start += step;
+    // then look again: the floor has risen
+    n = block_compact(block, search, q, slot, list, n, (candidates.capacity - search.k) / 2, shared);
+  }
+}
+
+struct Share {  // of a tile's columns
+  int number, of;
+};
+
+// Adds what this share of the products of up to N queries, from q on, lets pass. capacity >= k + 2 T EACH.
+template <class Block, class T, int N>
+HOST_DEVICE inline void block_tile(const Block& block, const TopK& search, const Tile& tile,
+                                   const Candidates& candidates, int64_t q, Share share,
+                                   TopKShared<Block::THREADS>& shared) {
+  const int64_t width = tile.g1 - tile.g0;
+  const int end = static_cast<int>(width * (share.number + 1) / share.of);
+  const int count = static_cast<int>(tile.q1 - q < N ? tile.q1 - q : N);
+  const T* products = static_cast<const T*>(tile.products) + (q - tile.q0) * width;
+  block.each([&](int t) {
+    if (t >= count) return;
+    shared.floors[t] = candidates.floors[q + t];
+    shared.of_query[t] = search.bounds.of_query[q + t];
+  });
+  for (int start = static_cast<int>(width * share.number / share.of); start < end; start += Block::THREADS * EACH) {
+    block.each([&](int t) {
+      if (t < N) shared.any[t] = 0;
+    });
+    block.each([&](int t) {
+      for (int v = 0; v < EACH; ++v) {
+        const int i = start + v * Block::THREADS + t;
+        if (i >= end) continue;
+        const RowBound row = row_bound(search.bounds, tile.g0 + i);
+        for (int j = 0; j < N; ++j)
+          if (j < count) {
+            const auto product = static_cast<float>(products[j * width + i]);
+            if (!(interval(product, row, shared.of_query[j]).high < shared.floors[j])) shared.any[j] = 1;
+          }
+      }
+    });
+    for (int j = 0; j < count; ++j)
+      if (shared.any[j]) {
+        const int64_t n = append<Block, T>(block, search, tile, candidates, q + j, j, start, end,
+                                           candidates.counts[q + j], shared);
+        block.each([&](int t) {
+          if (t == 0) candidates.counts[q + j] = static_cast<int32_t>(n);
+        });
+      }
   }
   block.each([&](int t) {
-    if (t != 0) return;
-    candidates.counts[q] = static_cast<int32_t>(n);
-    candidates.floors[q] = shared.floor;
+    if (t < count) candidates.floors[q + t] = shared.floors[t];
   });
 }
 
@@ -132,9 +167,9 @@ HOST_DEVICE inline void block_finish(const Block& block, const TopK& search, con
   int64_t n = candidates.counts[q];
   if (n <= search.k) return;
   block.each([&](int t) {
-    if (t == 0) shared.floor = candidates.floors[q];
+    if (t == 0) shared.floors[0] = candidates.floors[q];
   });
-  n = block_compact(block, search, q, candidates.entries + q * candidates.capacity, n, n, shared);
+  n = block_compact(block, search, q, 0, candidates.entries + q * candidates.capacity, n, n, shared);
   block.each([&](int t) {
     if (t == 0) candidates.counts[q] = static_cast<int32_t>(n);
   });

@@ -412,7 +412,8 @@ def _strip(
     assert module is not None
     queries = given.queries[rows.start : rows.stop]
     height, wide = (DEVICE_ROWS, DEVICE_COLUMNS) if queries.is_cuda else (ROWS, COLUMNS)
-    width = wide * max(1, min(height // len(rows), 4))
+    times = height // len(rows)  # on a GPU few queries' tiles are as large as all: launches take time
+    width = wide * max(1, times if queries.is_cuda else min(times, 4))
     integers = queries.dtype == torch.int8
     dtype = torch.int32 if integers else torch.float32
     buffer = torch.empty(len(rows) * width, dtype=dtype, device=queries.device)

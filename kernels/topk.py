@@ -32,6 +32,7 @@ from kernels.gallery import (
 from kernels.streaming import best, parts
 
 ROOM, DEVICE_ROOM = 256, 4096  # candidates beyond k that a list holds; csrc/topk_block.h asks for 2048 on a GPU
+DEVICE_BLOCKS = 256  # two for each multiprocessor of the largest GPUs
 QUERIES = 4096  # whose lists are held at a time
 
 
@@ -119,34 +120,42 @@ def _search(
     search = module.TopK(pairs, bounds_of(given), excluded, k)
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
     with multiplying(device) as threads:
-        parts = parts_of(Q, len(gallery), threads)
-        entries = torch.empty(parts, Q, capacity, 3, dtype=torch.int32, device=device)
-        counts = torch.zeros(parts, Q, dtype=torch.int32, device=device)
-        floors = torch.full((parts, Q), -torch.inf, device=device)
+        parts, split = parts_of(Q, len(gallery), threads), split_of(Q, device)
+        entries = torch.empty(parts * split, Q, capacity, 3, dtype=torch.int32, device=device)
+        counts = torch.zeros(parts * split, Q, dtype=torch.int32, device=device)
+        floors = torch.full((parts * split, Q), -torch.inf, device=device)
         lists = [
             module.Candidates(entries[p].data_ptr(), counts[p].data_ptr(), floors[p].data_ptr(), capacity)
-            for p in range(parts)
+            for p in range(0, parts * split, split)
         ]
         sweep(
             given,
-            lambda part, tile: call("topk_tile", device, search, tile, lists[part]),
+            lambda part, tile: call("topk_tile", device, search, tile, lists[part], Q, split),
             threads=threads,
             parts=parts,
         )
     if queries.is_cuda:
-        call("topk_finish", device, search, lists[0], Q)
+        call("topk_finish", device, search, lists[0], Q, split)
         width = max(k, int(counts.max()))
-        values, rows = empty_result(Q, width, device)
-        call("topk_score", device, search, lists[0], Q, width, values.data_ptr(), rows.data_ptr())
-        values, order = values.sort(dim=1, descending=True, stable=True)  # rows ascend in a list
-        return values[:, :k], rows.gather(1, order[:, :k])
+        values, rows = empty_result(Q, split * width, device)
+        call("topk_score", device, search, lists[0], Q, split, width, values.data_ptr(), rows.data_ptr())
+        if split > 1:  # rows ascend in a list, not from one to the next
+            order = rows.masked_fill(rows < 0, len(gallery)).argsort(dim=1)
+            values, rows = values.gather(1, order), rows.gather(1, order)
+        return best(values, rows, k)
     values, rows = empty_result(Q, k, device)
 
     def finish(start: int, stop: int) -> None:
-        call("topk_finish", device, search, lists[0], parts, Q, start, stop, values.data_ptr(), rows.data_ptr())
+        count = parts * split
+        call("topk_finish", device, search, lists[0], count, Q, start, stop, values.data_ptr(), rows.data_ptr())
 
     in_parts(finish, Q, device, least=8)
     return values, rows
+
+
+def split_of(queries: int, device: torch.device) -> int:
+    """Into how many shares a tile's columns are divided, each with lists of its own: enough blocks for a GPU."""
+    return max(1, DEVICE_BLOCKS // queries) if device.type == "cuda" else 1
 
 
 def empty_result(Q: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
