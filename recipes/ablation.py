@@ -28,7 +28,7 @@ from engine.results import is_real
 from recipes import options
 
 DEMO = ["mtl-irm", "mtl-noediting", "mtl-plain"]
-DEMO_STEPS = 400  # nine trainings in less than an hour on two cores
+DEMO_STEPS = 400  # with its evaluation 7 minutes on two cores
 OURS = ("data", "output", "seed", "resume", "no_eval", "check", "no_editing", "plain_triplet", "backbone", "pretrained")
 
 

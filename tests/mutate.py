@@ -198,7 +198,7 @@ MUTANTS = [
             'return 0 - values if metric == "l2" else values, indices\n\n\ndef _search',
             "return values, indices\n\n\ndef _search",
         ),
-        ("a part is searched twice", "lists[part]),", "lists[0]),"),
+        ("a part is searched twice", "lists[part], Q", "lists[0], Q"),
         ("missing rows have a number", "torch.full((Q, k), -1, dtype", "torch.full((Q, k), 0, dtype"),
     ),
     *of(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -122,6 +122,7 @@ def test_triplet_loop_must_be_the_released_one(monkeypatch):
         triplet.check_loop()
 
 
+@pytest.mark.slow
 def test_triplet_memory_grows_with_samples_not_with_their_square():
     """Beyond the gradient: at most 64 MiB at 8192 samples of 768 features, where one matrix would take 256."""
     code = """
@@ -573,8 +574,7 @@ def test_step_refuses_a_loop_that_is_not_the_released_one(monkeypatch):
 
 
 def quick_steps(*arguments: str) -> list[dict]:
-    command = ["bench/step.py", "--device", "cpu", "--quick", *arguments]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = recipe("bench/step.py", "--device", "cpu", "--quick", *arguments, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "nothing about a GPU" in done.stdout
     return json.loads(open(arguments[arguments.index("--json") + 1]).read())["rows"]

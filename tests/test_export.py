@@ -125,6 +125,7 @@ def same_features(checkpoint_folder: Path, exported: Path, backend: str, half: b
                 alike(theirs.test_feature(plain[1], stream, "cls"), model.test_feature(plain[0], stream, "cls"), half)
 
 
+@pytest.mark.xdist_group("onnx")
 def test_onnx_computes_every_tasks_features(stored, onnx_folder):
     same_features(stored, onnx_folder, "onnx")
 
@@ -149,6 +150,7 @@ def test_graphs_of_the_tiny_model(mini, tmp_path):
         same_features(folder, tmp_path / "out", backend)
 
 
+@pytest.mark.xdist_group("onnx")
 def test_a_program_without_this_engine_finds_all_it_needs_in_graphs_json(stored, onnx_folder):
     """A gallery under one sentence, by onnxruntime and what the file says."""
     facts = json.loads((onnx_folder / "onnx" / "graphs.json").read_text())
@@ -256,6 +258,7 @@ def test_load_names_bad_pictures(stored, tmp_path):
             call()
 
 
+@pytest.mark.xdist_group("onnx")
 def test_an_exported_folder_moves_and_holds_no_classifier(stored, onnx_folder, mini, tmp_path):
     folder = shutil.move(shutil.copytree(onnx_folder, tmp_path / "a"), tmp_path / "elsewhere")
     weights, before = (load_file(Path(path) / "model.safetensors") for path in (folder, stored))
@@ -270,6 +273,7 @@ def test_an_exported_folder_moves_and_holds_no_classifier(stored, onnx_folder, m
         assert (ours - theirs).abs().max() <= bound
 
 
+@pytest.mark.xdist_group("onnx")
 def test_metrics_of_all_backends_agree(stored, onnx_folder, mini):
     """All tasks; the untrained network of an exported folder is another draw: classifiers come before what follows."""
     given: dict = {"datasets": ("market1501", "cuhk_pedes", "cocas", "llcm"), "quick": True}
@@ -325,6 +329,7 @@ def test_nothing_is_left_of_an_export_that_fails(stored, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.xdist_group("onnx")
 def test_foreign_and_damaged_folders_get_one_line(stored, onnx_folder, tmp_path):
     with pytest.raises(InputError, match=r"no .*graphs\.json; write one by recipes/export\.py --onnx"):
         engine.load(stored, backend="onnx")

@@ -1,41 +1,35 @@
 """BNNeck over ranks: two halves of a batch, each in a process of its own, give what one process gives for the whole."""
 
-import subprocess
 import sys
-import textwrap
 
 import torch
-from conftest import ROOT, free_port
+import torch.distributed as dist
+from conftest import recipe
 
 from engine.model.neck import GlobalBatchNorm
 
-RANK = textwrap.dedent("""
-    import sys, torch, torch.distributed as dist
-    from engine.model.neck import GlobalBatchNorm
-    rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    norm = GlobalBatchNorm(5)
+
+def work(folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    norm, rank = GlobalBatchNorm(5), dist.get_rank()
     x = torch.load(f"{folder}/x.pt").split([6, 4])[rank].requires_grad_()
     y = norm(x)
     y.sin().sum().backward()
     torch.save([y.detach(), x.grad, norm.running_mean, norm.running_var, norm.weight.grad], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-""")
 
 
 def test_two_ranks_normalise_as_one(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(10, 5) * 3 + torch.arange(10.0)[:, None]  # the ranks' own means differ
     torch.save(x, tmp_path / "x.pt")
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), port, str(tmp_path)], cwd=ROOT) for rank in range(2)
-    ]
     norm = GlobalBatchNorm(5)
     x.requires_grad_()
     y = norm(x)
     y.sin().sum().backward()
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    done = recipe(__file__, tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.testing.assert_close(torch.cat([part[0] for part in parts]), y.detach())
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), x.grad, rtol=1e-4, atol=1e-5)
@@ -52,3 +46,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace():
     assert torch.isfinite(norm.running_var).all()
     assert norm.running_mean[0] != 0
     assert norm.running_mean[1] == norm.running_mean[2] == 0
+
+
+if __name__ == "__main__":  # one rank
+    work(sys.argv[1])

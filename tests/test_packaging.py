@@ -60,6 +60,7 @@ def site(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_transformers_leaves_our_kernels_alone_in_the_installed_layout(site, tmp_path):
     said = run(sys.executable, "-c", CODE, cwd=tmp_path, PYTHONPATH=str(site))
     assert said == f"BertModel 0.0.1 {site / 'kernels' / '__init__.py'}"
