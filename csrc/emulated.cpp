@@ -12,12 +12,14 @@ using Block = Emulated<32>;
 
 void topk_tile_emulated(const TopK& search, const Tile& tile, const Candidates& candidates, int64_t Q, int64_t split) {
   TopKShared<Block::THREADS> shared;
-  for (int64_t p = 0; p < split; ++p)
+  for (int p = 0; p < split; ++p) {
+    const Share share{p, static_cast<int>(split)};
     for (int64_t q = tile.q0; q < tile.q1; q += QUERIES)
       if (tile.integers)
-        block_tile<Block, int32_t, QUERIES>({}, search, tile, candidates.part(p, Q), q, {static_cast<int>(p), static_cast<int>(split)}, shared);
+        block_tile<Block, int32_t, QUERIES>({}, search, tile, candidates.part(p, Q), q, share, shared);
       else
-        block_tile<Block, float, QUERIES>({}, search, tile, candidates.part(p, Q), q, {static_cast<int>(p), static_cast<int>(split)}, shared);
+        block_tile<Block, float, QUERIES>({}, search, tile, candidates.part(p, Q), q, share, shared);
+  }
 }
 
 void topk_finish_emulated(const TopK& search, const Candidates* parts, int64_t count, int64_t q0, int64_t q1,

@@ -730,7 +730,8 @@ torch.library.register_autograd("kernels::gated_attention_backward", _refuse, li
 def _autocast(q: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast all in its type, but for float64, as torch's own operators."""
     device = q.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    # not torch.amp.is_autocast_available, which torch.compile could not trace until torch 2.12
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, *tensors
     dtype = torch.get_autocast_dtype(device)
     low = (torch.float32, torch.float16, torch.bfloat16)
