@@ -903,6 +903,7 @@ MUTANTS = [
         ("overlap: by name alone", "len(path.parent.name) > 3 and other.name.startswith(path.parent.name)", "True"),
         ("overlap: of training images, too", ".to_numpy()[test])", ".to_numpy())"),
         ("the journal stays", "index.save(file)\n        forget(file)\n", "index.save(file)\n"),
+        ("a killed process's part stays", "part.unlink(missing_ok=True)", "pass"),
         ("nobody is told", 'say(f"{path}: {reason}")', "pass"),
     ),
     *of(

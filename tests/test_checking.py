@@ -84,6 +84,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_the_index_says_of_an_image(tmp_path):
     data = market(tmp_path)
+    (data / ".index").mkdir()
+    (data / ".index" / "market1501.arrow.part1").write_bytes(b"of a process that was killed")
     index(data)
     found = stored(data)
     row = int(found.select("query")[0])
@@ -95,6 +97,7 @@ def test_what_the_index_says_of_an_image(tmp_path):
     assert item.crc == facts["crc"] >= 0
     assert read(item) == file.read_bytes()
     assert np.array_equal(np.asarray(picture(item)), np.asarray(Image.open(file)))
+    assert contents(data / ".index").keys() == {".lock", "market1501.arrow", "quarantine.jsonl"}
     assert not (data / ".index" / "market1501.journal").exists()
     assert (data / ".index" / "quarantine.jsonl").read_text() == ""
 

@@ -184,8 +184,10 @@ def check(
 
 
 def forget(file: Path) -> None:
-    """Remove the journal of an index that is stored now."""
+    """Remove the journal of an index that is stored now, and what a killed process wrote of it."""
     shutil.rmtree(_journal(file), ignore_errors=True)
+    for part in file.parent.glob(f"{file.name}.part*"):
+        part.unlink(missing_ok=True)
 
 
 def without_damaged_tests(index: Index, *, threads: int) -> Index:
