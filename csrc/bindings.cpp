@@ -6,6 +6,7 @@
 #include "augment.h"
 #include "cuda.h"
 #include "emulated.h"
+#include "product.h"
 #include "rank.h"
 #include "simd.h"
 #include "topk.h"
@@ -88,6 +89,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("limit_simd", &limit_simd);
   m.def("norms_cpu", [](address rows, int kind, int64_t G, int64_t D, address norms) {
     norms_cpu(at<const void>(rows), kind, G, D, at<double>(norms));
+  }, unlocked);
+  m.def("encode_cpu", [](address rows, int kind, address inverse, int64_t n, int64_t D, address codes) {
+    encode_cpu(at<const void>(rows), kind, at<const float>(inverse), n, D, at<int16_t>(codes));
+  }, unlocked);
+  m.def("product_cpu", [](address queries, int64_t Q, address rows, int kind, address inverse, int64_t G, int64_t D,
+                          address scratch, address products) {
+    product_cpu({at<const int16_t>(queries), Q, at<const void>(rows), kind, at<const float>(inverse), G, D,
+                 at<int16_t>(scratch), at<int32_t>(products)});
   }, unlocked);
   m.def("topk_tile_cpu", [](const TopK& search, const Tile& tile, const Candidates& candidates, int64_t, int64_t) {
     topk_tile_cpu(search, tile, candidates);  // a tile's columns are not divided

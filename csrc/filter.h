@@ -3,7 +3,7 @@
 //   low, high = s a P + b + c  -/+  (x e + y f + h)
 //
 // P is the product (float32, or int32 of quantised operands); a, b, e, f belong to the gallery row, s, c, x, y, h to the
-// query. kernels/_bounds.py computes them for every metric and precision, and proves the interval. A row or query for
+// query. kernels/bounds.py computes them for every metric and precision, and proves the interval. A row or query for
 // which nothing can be promised has e or x infinite: its interval is everything.
 #pragma once
 #include <cmath>

@@ -27,6 +27,12 @@ HOST_DEVICE ALWAYS_INLINE float float_of(uint32_t bits) {
   return value;
 }
 
+HOST_DEVICE ALWAYS_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 HOST_DEVICE ALWAYS_INLINE float widen(float value) { return value; }
 HOST_DEVICE ALWAYS_INLINE float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 HOST_DEVICE ALWAYS_INLINE float widen(Half value) {  // finite ones

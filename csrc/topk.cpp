@@ -124,8 +124,9 @@ ALWAYS_INLINE void topk_finish_cpu_body(const TopK& search, const Candidates* pa
       all.insert(all.end(), list, list + parts[p].counts[q]);
     }
     const int64_t found = std::min<int64_t>(k, all.size());
-    std::partial_sort(all.begin(), all.begin() + found, all.end(),
-                      [](const Candidate& a, const Candidate& b) { return ahead(a.low, a.row, b.low, b.row); });
+    const auto better = [](const Candidate& a, const Candidate& b) { return ahead(a.low, a.row, b.low, b.row); };
+    std::nth_element(all.begin(), all.begin() + found, all.end(), better);
+    std::sort(all.begin(), all.begin() + found, better);
     for (int64_t i = 0; i < k; ++i) {
       values[q * k + i] = i < found ? all[i].low : -std::numeric_limits<float>::infinity();
       rows[q * k + i] = i < found ? all[i].row : -1;

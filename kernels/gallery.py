@@ -1,27 +1,7 @@
 """Galleries made ready to be searched, and the sweep over them that `topk`, `count_ahead` and `best_per_group` share.
 
-The sweep multiplies blocks of queries with blocks of the gallery (float32 by torch's BLAS, or int8) and hands each tile
-of products to a filter. The filter needs to know how far a product can be from the canonical score of its pair:
-
-    |s a P + b + c  -  score| <= x e + y f + h
-
-P is the product; a, b, e, f belong to the gallery row, s, c, x, y, h to the query. Proof, with u = 2^-24, D features,
-norms n of the query and m of the row, gamma = D u / (1 - D u):
-
-float32   A sum of D products in float32, in any order, fused or not, errs by gamma Σ|q_i g_i| <= gamma n m (Higham,
-          Accuracy and Stability of Numerical Algorithms, 2002, §3.1; Cauchy-Schwarz). Rounding a, s, b, c, what the
-          filter adds, and the score itself to float32 errs by at most 5 u each of n m (inner product), 1 (cosine: all
-          is divided by n m), (n + m)² (squared distance, whose negative is 2 P - m² - n²; n m twice is (n + m)² / 2 at
-          most). C = 1.02 (gamma + 16 u) covers them, and the float32 arithmetic of the error itself; so the error is
-          C n m, C or C (n + m)² = C n² + 2 C n m + C m².
-codes     q = s_q q' + δ, g = s_g g' + ε, with q', g' in int8 or bfloat16 and the residuals' norms |δ|, |ε| computed.
-          q·g - s_q s_g q'·g' = δ·g + s_q q'·ε <= |δ| m + |s_q q'| |ε|. An integer product is exact, so 16 u n m are
-          added as above; bfloat16's is summed in float32, for which 4 C n m are added (tensor cores may cut off where
-          others round). Inner product and cosine only.
-
-Numbers that underflow err by 2^-126 instead of u: harmless where 1e-12 <= n, m <= 1e18, for then D 2^-126 (n + m + 1)
-is far below 16 u n m. Outside of that (but for zero rows, whose products are exactly 0) nothing is promised: e or x is
-infinite, and such rows are always scored canonically.
+The sweep multiplies blocks of queries with blocks of the gallery (float32 by torch's BLAS, or fewer bits) and hands
+each tile of products to a filter. How far a product can be from the canonical score of its pair: kernels/bounds.py.
 """
 
 from __future__ import annotations
@@ -40,15 +20,12 @@ from torch import Tensor
 
 from kernels import _check
 from kernels._library import extension
+from kernels.bounds import CODES, MOST_FEATURES, Codes, encode, gallery_bounds, query_bounds
 
 METRICS = ("cosine", "ip", "l2")
 KINDS = (torch.float32, torch.float16, torch.bfloat16)
-U = 2.0**-24
-LOWEST, HIGHEST = 1e-12, 1e18  # norms between which the bounds hold
-MOST_FEATURES = 1 << 16  # int8: D 127² fits int32; float32: gamma stays small
 ROWS, COLUMNS = 1024, 1024  # of a tile on a CPU: its products stay in the cache
-CODED = 127  # greatest int8 code
-CODES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
+PANEL = 32  # MOST_COLUMNS of csrc/product.h
 DEVICE_ROWS, DEVICE_COLUMNS = 2048, 2048  # of a tile on a GPU: its products stay in the L2 cache
 
 
@@ -81,26 +58,14 @@ class Gallery:
         return self._bounds[metric, coded]
 
 
-class Codes(NamedTuple):
-    """Rows in few bits times a scale: values [n, D] int8 or bfloat16, scale [n] float32, norm [n] of scale · values and
-    residual [n], the norm of what that leaves, float64. slack: how far a product of values can be from the exact one,
-    in parts of n m."""
-
-    values: Tensor
-    scale: Tensor
-    norm: Tensor
-    residual: Tensor
-    slack: float
-
-
 def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precision: str | None = None) -> Gallery:
     """Compute once what every search of this gallery needs: norms, keys, codes of low precision.
 
     gallery        [G, D] float32, float16 or bfloat16
     keys           [G] or [G, J] int64: `topk(..., query_keys=)` leaves rows out by them
     low_precision  "int8" or "bfloat16": keep codes as well and find candidates by products of these (inner product and
-                   cosine), with the same results. For processors that multiply them faster; measured on none, so never
-                   chosen unasked
+                   cosine), with the same results. Measured faster on no processor yet, so never chosen unasked. Without
+                   codes, many queries are multiplied in int16 on a CPU that does it faster: kernels/integers.py
 
     A gallery in host memory is prepared there and serves queries on a GPU as well: kernels/streaming.py.
     ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
@@ -221,70 +186,6 @@ def running_sum(terms: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
-def encode(rows: Tensor, dtype: torch.dtype) -> Codes:
-    """Rows [n, D] as int8 with a scale each or as bfloat16, and what is lost."""
-    parts = []
-    for part in rows.split(8192):
-        part = part.float()
-        scale = torch.ones_like(part[:, 0])
-        values = part
-        if dtype == torch.int8:
-            scale = part.abs().amax(1).clamp(min=1e-30) / CODED
-            values = (part / scale[:, None]).round().clamp(-CODED, CODED)
-        values = values.to(dtype)
-        coded = values.double() * scale.double()[:, None]
-        parts.append((values, scale, coded.norm(dim=1), (part.double() - coded).norm(dim=1)))
-    slack = 16 * U if dtype == torch.int8 else 4 * _constant(rows.shape[1])
-    codes, scale, norm, residual = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Codes(codes, scale, norm, residual, slack)
-
-
-def gallery_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> tuple[Tensor, ...]:
-    """a, b, e, f [G] float32. norms: [G] float64."""
-    m, zero, C = norms, torch.zeros_like(norms), _constant(D)
-    one = torch.ones_like(norms)
-    if codes is not None:
-        scale, residual = codes.scale.double(), 1.001 * codes.residual
-        a, b, e, f = (scale, zero, m, residual) if metric == "ip" else (_over(scale, m), zero, one, _over(residual, m))
-    elif metric == "ip":
-        a, b, e, f = one, zero, C * m, zero
-    elif metric == "cosine":
-        a, b, e, f = _over(one, m), zero, zero, zero
-    else:
-        a, b, e, f = 2 * one, -m * m, 2 * C * m, C * m * m
-    return tuple(part.float().contiguous() for part in (a, b, _unless_wild(e, m), f))
-
-
-def query_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> Tensor:
-    """s, c, x, y, h as [Q, 5] float32. norms: [Q] float64."""
-    n, zero, one, C = norms, torch.zeros_like(norms), torch.ones_like(norms), _constant(D)
-    if codes is not None:
-        scale, residual = codes.scale.double(), 1.001 * codes.residual
-        slack = 1.1 * codes.slack * one
-        s, c, x, y, h = scale, zero, residual + slack * n, 1.001 * codes.norm, zero
-        if metric == "cosine":
-            s, x, y, h = _over(s, n), _over(residual, n), _over(y, n), slack
-    elif metric == "ip":
-        s, c, x, y, h = one, zero, n, zero, zero
-    elif metric == "cosine":
-        s, c, x, y, h = _over(one, n), zero, one, zero, C * one
-    else:
-        s, c, x, y, h = one, -n * n, n, one, C * n * n
-    return torch.stack([s, c, _unless_wild(x, n), y, h], 1).float().contiguous()
-
-
-def _constant(D: int) -> float:
-    return 1.02 * (D * U / (1 - D * U) + 16 * U) if D < MOST_FEATURES else float("inf")
-
-
-def _over(value: Tensor, norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, value / norm, 0)
-
-
-def _unless_wild(value: Tensor, norm: Tensor) -> Tensor:
-    return torch.where((norm > 0) & ((norm < LOWEST) | (norm > HIGHEST)), torch.inf, value)
-
-
 # The sweep.
 
 
@@ -354,24 +255,23 @@ def run_all(tasks: Sequence[Callable[[], Any]], threads: int, prepare: Callable[
 
 class Operands(NamedTuple):
     """What is multiplied: queries [Q, D] and gallery [G, D], float32 (the gallery also in its stored type), int8 or
-    bfloat16; and the bounds of the products."""
+    bfloat16; or queries in int16 and the gallery as it is stored with `inverse` [G] float32 (kernels/integers.py). And
+    the bounds of the products."""
 
     queries: Tensor
     gallery: Tensor
     query_bounds: Tensor
     gallery_bounds: tuple[Tensor, ...]
+    inverse: Tensor | None = None
 
 
-def operands(queries: Tensor, query_norms: Tensor, gallery: Gallery, metric: str) -> Operands:
-    D = queries.shape[1]
-    coded = gallery.codes is not None and metric != "l2"
-    codes = encode(queries, gallery.codes.values.dtype) if gallery.codes is not None and coded else None
-    return Operands(
-        queries if codes is None else codes.values,
-        gallery.codes.values if gallery.codes is not None and coded else gallery.features,
-        query_bounds(query_norms, D, metric, codes),
-        gallery.bounds(metric, coded),
-    )
+def operands(queries: Tensor, norms: Tensor, gallery: Gallery, metric: str) -> Operands:
+    """norms: [Q] float64, of the queries."""
+    D, theirs = queries.shape[1], None if metric == "l2" else gallery.codes
+    if theirs is None:
+        return Operands(queries, gallery.features, query_bounds(norms, D, metric, None), gallery.bounds(metric, False))
+    ours = encode(queries, theirs.values.dtype)
+    return Operands(ours.values, theirs.values, query_bounds(norms, D, metric, ours), gallery.bounds(metric, True))
 
 
 Visit = Callable[[int, Any], None]  # (part of the gallery, tile)
@@ -387,8 +287,7 @@ def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order:
     """
     Q, G = len(given.queries), len(given.gallery)
     most = DEVICE_ROWS if given.queries.is_cuda else ROWS
-    share = -(-Q // (threads if parts == 1 else 1))
-    rows = max(1, -(-share // max(1, -(-share // most))))
+    rows = strip_rows(Q, threads, parts, most)
     tasks = [
         functools.partial(_strip, given, visit, order, part, range(start, min(start + rows, Q)), columns)
         for part, columns in enumerate(itertools.pairwise(G * i // parts for i in range(parts + 1)))
@@ -397,6 +296,12 @@ def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order:
     # A product takes the thread that asks for it: nobody waits, and what a thread made it reads from its cache. A new
     # thread's BLAS would take all cores, whatever was set before it began.
     run_all(tasks, threads, functools.partial(torch.set_num_threads, 1))
+
+
+def strip_rows(queries: int, threads: int, parts: int, most: int = ROWS) -> int:
+    """How many queries a strip has: those of a thread, or of all where each sweeps its part, in equal blocks."""
+    share = -(-queries // (threads if parts == 1 else 1))
+    return max(1, -(-share // max(1, -(-share // most))))
 
 
 def parts_of(queries: int, gallery: int, threads: int) -> int:
@@ -414,14 +319,18 @@ def _strip(
     height, wide = (DEVICE_ROWS, DEVICE_COLUMNS) if queries.is_cuda else (ROWS, COLUMNS)
     times = height // len(rows)  # on a GPU few queries' tiles are as large as all: launches take time
     width = wide * max(1, times if queries.is_cuda else min(times, 4))
-    integers = queries.dtype == torch.int8
+    integers = queries.dtype in (torch.int8, torch.int16)
     dtype = torch.int32 if integers else torch.float32
     buffer = torch.empty(len(rows) * width, dtype=dtype, device=queries.device)
+    scratch = None if given.inverse is None else panels(width, queries)
     for start in range(*columns, width):
         stop = min(start + width, columns[1])
         rest = given.gallery[start:stop] if order is None else given.gallery[order[start:stop]]
         products = buffer[: len(rows) * (stop - start)].view(len(rows), stop - start)
-        multiply(queries, rest, products)
+        if scratch is None or given.inverse is None:
+            multiply(queries, rest, products)
+        else:
+            multiply_encoded(queries, rest, given.inverse[start:stop], products, scratch)
         visit(part, module.Tile(products.data_ptr(), integers, rows.start, rows.stop, start, stop))
 
 
@@ -433,6 +342,19 @@ def multiply(queries: Tensor, rows: Tensor, products: Tensor) -> None:
         torch.mm(queries, rows.T, out_dtype=torch.float32, out=products)  # type: ignore[call-overload]
     else:
         torch.mm(queries.float(), rows.float().T, out=products)
+
+
+def panels(rows: int, queries: Tensor) -> Tensor:
+    """Where `multiply_encoded` keeps the codes of so many rows."""
+    return torch.empty(-(-rows // PANEL) * PANEL * queries.shape[1], dtype=torch.int16)
+
+
+def multiply_encoded(queries: Tensor, rows: Tensor, inverse: Tensor, products: Tensor, scratch: Tensor) -> None:
+    """products [Q, G] int32 of the queries' codes [Q, D or D + 1, even] int16 and those of rows [G, D], which are made
+    into scratch: a row times its `inverse` [G], rounded."""
+    own = queries.data_ptr(), len(queries)
+    theirs = rows.data_ptr(), KINDS.index(rows.dtype), inverse.data_ptr(), *rows.shape
+    call("product", rows.device, *own, *theirs, scratch.data_ptr(), products.data_ptr())
 
 
 def pairs_of(queries: Tensor, norms: Tensor, gallery: Gallery, metric: str) -> Any:

@@ -26,9 +26,11 @@ from kernels.gallery import (
     ready,
     row_norms,
     running_sum,
+    strip_rows,
     sweep,
     together,
 )
+from kernels.integers import encoded_operands, integers_pay
 from kernels.streaming import best, parts
 
 ROOM, DEVICE_ROOM = 256, 4096  # candidates beyond k that a list holds; csrc/topk_block.h asks for 2048 on a GPU
@@ -115,12 +117,13 @@ def _search(
     if module is None:
         return _sorted(queries, gallery, k, metric, keys)
     device, Q = queries.device, len(queries)
-    given = operands(queries, norms, gallery, metric)
     pairs, excluded = pairs_of(queries, norms, gallery, metric), exclusion_of(queries, keys)
-    search = module.TopK(pairs, bounds_of(given), excluded, k)
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
     with multiplying(device) as threads:
         parts, split = parts_of(Q, len(gallery), threads), split_of(Q, device)
+        integers = integers_pay(queries, gallery, metric, strip_rows(Q, threads, parts))
+        given = (encoded_operands if integers else operands)(queries, norms, gallery, metric)
+        search = module.TopK(pairs, bounds_of(given), excluded, k)
         entries = torch.empty(parts * split, Q, capacity, 3, dtype=torch.int32, device=device)
         counts = torch.zeros(parts * split, Q, dtype=torch.int32, device=device)
         floors = torch.full((parts * split, Q), -torch.inf, device=device)

@@ -153,7 +153,7 @@ MUTANTS = [
         ("chance: one positive too many", "(R - 1) / max(n - 1, 1)", "R / max(n - 1, 1)"),
     ),
     *of(
-        "kernels/gallery.py",
+        "kernels/bounds.py",
         "topk rank",
         ("float32: no room for the sum's order", "D * U / (1 - D * U) + 16 * U", "16 * U / D"),
         ("l2: bound of the products alone", "2 * one, -m * m, 2 * C * m, C * m * m", "2 * one, -m * m, zero, zero"),
@@ -165,6 +165,22 @@ MUTANTS = [
         ),
         ("bounds where numbers underflow", "(norm < LOWEST) | ", ""),
         ("bounds where numbers overflow", " | (norm > HIGHEST)", ""),
+        ("int16: rounding", "residual = 0.505 * ", "residual = 0.2 * "),
+    ),
+    *of(
+        "kernels/integers.py",
+        "integers topk",
+        ("few queries, too", "rows >= LEAST", "rows >= LEAST - 1"),
+        ("squared distances, too", 'and metric != "l2"', ""),
+        ("codes are not looked for", "and gallery.codes is None", ""),
+        ("any number of features", "< MOST_FEATURES", "<= MOST_FEATURES"),
+        ("wrong products count", "return False  # a processor", "pass  # a processor"),
+        ("what is slower is used", "took) < min(", "took) > min("),
+        ("measured by all threads", ", initializer=one)", ")"),
+    ),
+    *of(
+        "kernels/gallery.py",
+        "topk rank",
         ("broken rows are not looked for", "if len(broken):", "if len(broken) > 2:"),
         (
             "reference: another order",
@@ -185,7 +201,7 @@ MUTANTS = [
     ),
     *of(
         "kernels/topk.py",
-        "topk",
+        "topk integers",
         ("keys are forgotten", "exclusion_of(queries, keys)", "exclusion_of(queries, None)"),
         ("k of the gallery, not of the call", "min(k, len(part))", "len(part)"),
         (
@@ -199,6 +215,7 @@ MUTANTS = [
             "return values, indices\n\n\ndef _search",
         ),
         ("a part is searched twice", "lists[part], Q", "lists[0], Q"),
+        ("a strip's queries are not asked for", "strip_rows(Q, threads, parts)", "Q"),
         ("missing rows have a number", "torch.full((Q, k), -1, dtype", "torch.full((Q, k), 0, dtype"),
     ),
     *of(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import gallery as module
+from kernels import integers
 from kernels._library import extension
 
 search = importlib.import_module("kernels.topk")  # the package's attribute is the function
@@ -84,6 +85,18 @@ def emulated(monkeypatch):
         monkeypatch.setattr(extension(), f"{name}_cpu", getattr(extension(), f"{name}_emulated"))
 
 
+def wide(queries, gallery, metric, rows) -> bool:
+    """`integers_pay`, whatever is faster and however few the queries are."""
+    return metric != "l2" and gallery.codes is None and queries.shape[1] > 0
+
+
+@pytest.fixture(params=["float32", "int16"])
+def multiplied(request, monkeypatch):
+    """How a search multiplies, whatever is faster here."""
+    monkeypatch.setattr(search, "integers_pay", wide if request.param == "int16" else lambda *given: False)
+    return request.param
+
+
 def features(Q, G, D, kind="normal", seed=0):
     generator = torch.Generator().manual_seed(seed)
     if kind == "whole":  # products and sums are exact in any order, and many scores are equal
@@ -109,7 +122,7 @@ KINDS = ["normal", "whole", "near", "repeated", "sorted", "equal", "wild"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_equals_a_sort(metric, kind):
+def test_equals_a_sort(metric, kind, multiplied):
     for Q, G, D, k in ((5, 3000, 20, 7), (3, 1500, 70, 600)):
         queries, gallery = features(Q, G, D, kind)
         assert same(kernels.topk(queries, gallery, k, metric=metric), sorted_out(queries, gallery, k, metric))
@@ -127,7 +140,7 @@ def test_the_gpus_blocks_equal_a_sort(metric, kind, emulated, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("metric", METRICS)
-def test_half_galleries(metric, dtype):
+def test_half_galleries(metric, dtype, multiplied):
     queries, gallery = features(6, 2500, 40)
     gallery[7] = torch.finfo(dtype).smallest_normal / 4  # below what is normal
     gallery, asked = gallery.to(dtype), queries.to(dtype)
@@ -149,7 +162,7 @@ def test_low_precision_changes_nothing(kind, codes):
 
 
 @pytest.mark.parametrize("which", LEVELS)
-def test_instruction_sets_agree(which, level):
+def test_instruction_sets_agree(which, level, multiplied):
     level(which)
     if extension().simd_level() < which:
         pytest.skip("not on this processor")
@@ -169,7 +182,7 @@ def test_references(metric):
     assert same(found, sorted_out(queries, gallery, 9, metric, *keys))
 
 
-def test_excluded_by_any_key():
+def test_excluded_by_any_key(multiplied):
     queries, gallery = features(20, 3000, 16)
     generator = torch.Generator().manual_seed(1)
     query_keys = torch.randint(0, 4, (20, 2), generator=generator)
@@ -188,7 +201,7 @@ def test_all_excluded_but_one(emulated):
     _all_excluded_but_one()
 
 
-def test_all_excluded_but_one_on_the_cpu():
+def test_all_excluded_but_one_on_the_cpu(multiplied):
     _all_excluded_but_one()
 
 
@@ -211,7 +224,7 @@ def _all_excluded_but_one():
 
 
 @pytest.mark.parametrize(("Q", "G", "D"), [(0, 5, 3), (4, 0, 3), (0, 0, 3), (3, 5, 1), (3, 40, 1536), (3, 5, 0)])
-def test_sizes_at_the_edge(Q, G, D):
+def test_sizes_at_the_edge(Q, G, D, multiplied):
     queries, gallery = features(Q, G, D)
     for metric in METRICS:
         for k in (0, 1, 8):
@@ -223,7 +236,7 @@ def test_sizes_at_the_edge(Q, G, D):
                 assert same(kernels.topk(queries, prepared, k, metric=metric), found)
 
 
-def test_strides_do_not_matter():
+def test_strides_do_not_matter(multiplied):
     queries, gallery = features(6, 900, 20)
     expected = kernels.topk(queries, gallery, 5)
     wide = torch.zeros(900, 40)
@@ -234,6 +247,7 @@ def test_strides_do_not_matter():
 @pytest.mark.parametrize("Q", [64, 700])
 def test_a_product_takes_one_thread(Q, monkeypatch):
     """Two side by side: products that divide themselves would be four threads on two cores."""
+    monkeypatch.setattr(search, "integers_pay", lambda *given: False)
     taken, multiply, before = [], module.multiply, torch.get_num_threads()
     openmp = ctypes.CDLL(torch._C.__file__)  # where the library that torch loaded is found
 
@@ -256,7 +270,7 @@ def test_a_product_takes_one_thread(Q, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "sorted"])
 @pytest.mark.parametrize("Q", [1, 64, 700])
-def test_threads_and_blocks_do_not_matter(Q, kind, monkeypatch):
+def test_threads_and_blocks_do_not_matter(Q, kind, monkeypatch, multiplied):
     """Few queries divide the gallery among the threads, many are divided themselves."""
     queries, gallery = features(Q, 9500, 12, kind)
     before, results = torch.get_num_threads(), []
@@ -315,38 +329,50 @@ def test_more_queries_than_are_held_at_a_time(monkeypatch):
     metric=st.sampled_from(METRICS),
     kind=st.sampled_from(KINDS),
     keyed=st.booleans(),
-    codes=st.sampled_from([None, "int8", "bfloat16"]),
+    codes=st.sampled_from([None, "int8", "int16", "bfloat16"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_anything_equals_a_sort(seed, Q, G, D, k, metric, kind, keyed, codes):
     queries, gallery = features(Q, G, D, kind, seed)
     keys = ()
     if keyed:
         generator = torch.Generator().manual_seed(seed)
         keys = tuple(torch.randint(0, 3, (n, 2), generator=generator) for n in (Q, G))
-    prepared = kernels.prepare_gallery(gallery, keys=keys[1] if keyed else None, low_precision=codes)
-    found = kernels.topk(queries, prepared, k, metric=metric, query_keys=keys[0] if keyed else None)
+    stored = codes if codes != "int16" else None
+    prepared = kernels.prepare_gallery(gallery, keys=keys[1] if keyed else None, low_precision=stored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "integers_pay", wide if codes == "int16" else lambda *given: False)
+        found = kernels.topk(queries, prepared, k, metric=metric, query_keys=keys[0] if keyed else None)
     assert same(found, sorted_out(queries, gallery, k, metric, *keys))
 
 
 @pytest.mark.parametrize("D", [1, 31, 768])
-@pytest.mark.parametrize("codes", [None, "int8", "bfloat16"])
+@pytest.mark.parametrize("codes", [None, "int8", "bfloat16", "int16"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D):
-    """kernels/gallery.py: |s a P + b + c - score| <= x e + y f + h, for products summed in several orders."""
+    """kernels/bounds.py: |s a P + b + c - score| <= x e + y f + h, for products summed in several orders."""
     generator = torch.Generator().manual_seed(0)
     queries, rows = torch.randn(40, D, generator=generator), torch.randn(60, D, generator=generator)
     queries *= 10 ** (2 * torch.randn(40, 1, generator=generator))
     rows *= 10 ** (2 * torch.randn(60, 1, generator=generator))
-    prepared = kernels.prepare_gallery(rows, low_precision=codes)
+    if codes == "int16" and metric == "l2":
+        pytest.skip("float32")
+    rows[:20, 1:], queries[:10, 1:] = 0, 0  # one great feature: a great code
+    rows[20, 0], rows[20, 1:] = 1, 0.49 / 32767  # all that int16 leaves out points the same way
+    queries[10, 0], queries[10, 1:] = 0, 1
+    prepared = kernels.prepare_gallery(rows, low_precision=codes if codes != "int16" else None)
     norms = module.row_norms("queries", queries)
-    given = module.operands(queries, norms, prepared, metric)
+    given = (integers.encoded_operands if codes == "int16" else module.operands)(queries, norms, prepared, metric)
     s, c, x, y, h = given.query_bounds.double().T[:, :, None]
     a, b, e, f = (part.double() for part in given.gallery_bounds)
     exact = torch.from_numpy(every_score(queries, rows, metric)).double()
     left, right = given.queries.float(), given.gallery.float()
-    for order in (torch.arange(D), torch.arange(D).flip(0), torch.randperm(D, generator=generator)):
-        products = torch.zeros(40, 60)
+    orders = [torch.arange(D), torch.arange(D).flip(0), torch.randperm(D, generator=generator)]
+    if given.inverse is not None:
+        left, right = given.queries.double(), (right * given.inverse[:, None]).round().double()
+        orders = orders[:1]
+    for order in orders:
+        products = torch.zeros(40, 60, dtype=left.dtype)
         for i in order.tolist():
             products += left[:, i, None] * right[None, :, i]
         error = (s * a * products.double() + b + c - exact).abs()

@@ -1,0 +1,121 @@
+"""How far a product can be from the canonical score of its pair:
+
+    |s a P + b + c  -  score| <= x e + y f + h
+
+P is the product; a, b, e, f belong to the gallery row, s, c, x, y, h to the query. Proof, with u = 2^-24, D features,
+norms n of the query and m of the row, gamma = D u / (1 - D u):
+
+float32   A sum of D products in float32, in any order, fused or not, errs by gamma Σ|q_i g_i| <= gamma n m (Higham,
+          Accuracy and Stability of Numerical Algorithms, 2002, §3.1; Cauchy-Schwarz). Rounding a, s, b, c, what the
+          filter adds, and the score itself to float32 errs by at most 5 u each of n m (inner product), 1 (cosine: all
+          is divided by n m), (n + m)² (squared distance, whose negative is 2 P - m² - n²; n m twice is (n + m)² / 2 at
+          most). C = 1.02 (gamma + 16 u) covers them, and the float32 arithmetic of the error itself; so the error is
+          C n m, C or C (n + m)² = C n² + 2 C n m + C m².
+codes     q = s_q q' + δ, g = s_g g' + ε, with q', g' in int8 or bfloat16 and the residuals' norms |δ|, |ε| computed.
+          q·g - s_q s_g q'·g' = δ·g + s_q q'·ε <= |δ| m + |s_q q'| |ε|. An integer product is exact, so 16 u n m are
+          added as above; bfloat16's is summed in float32, for which 4 C n m are added (tensor cores may cut off where
+          others round). Inner product and cosine only.
+int16     As codes, with s = norm / 32767. A value times the rounded 1 / s errs by 2 u of 32767 at most, so the nearest
+          whole number by 0.505: the residuals' norms are at most 0.505 s √D, without being computed. No code is beyond
+          32767, and no sum of products, nor a part of one, beyond |q'| |g'| <= (32767 + 0.505 √D)² < 2^31.
+
+Numbers that underflow err by 2^-126 instead of u: harmless where 1e-12 <= n, m <= 1e18, for then D 2^-126 (n + m + 1)
+is far below 16 u n m. Outside of that (but for zero rows, whose products are exactly 0) nothing is promised: e or x is
+infinite, and such rows are always scored canonically.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+U = 2.0**-24
+LOWEST, HIGHEST = 1e-12, 1e18  # norms between which the bounds hold
+MOST_FEATURES = 1 << 16  # codes: their products fit int32; float32: gamma stays small
+CODED, CODED_WIDE = 127, 32767  # greatest int8 and int16 code
+CODES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
+
+
+class Codes(NamedTuple):
+    """Rows in few bits times a scale: values [n, D] int8 or bfloat16 (or the rows themselves, which become int16 while
+    they are multiplied), scale [n] float32, norm [n] of scale · values and residual [n], the norm of what that leaves
+    (or more), float64. slack: how far a product of values can be from the exact one, in parts of n m."""
+
+    values: Tensor
+    scale: Tensor
+    norm: Tensor
+    residual: Tensor
+    slack: float
+
+
+def encode(rows: Tensor, dtype: torch.dtype) -> Codes:
+    """Rows [n, D] as int8 with a scale each or as bfloat16, and what is lost."""
+    parts = []
+    for part in rows.split(8192):
+        part = part.float()
+        scale = torch.ones_like(part[:, 0])
+        values = part
+        if dtype == torch.int8:
+            scale = part.abs().amax(1).clamp(min=1e-30) / CODED
+            values = (part / scale[:, None]).round().clamp(-CODED, CODED)
+        values = values.to(dtype)
+        coded = values.double() * scale.double()[:, None]
+        parts.append((values, scale, coded.norm(dim=1), (part.double() - coded).norm(dim=1)))
+    slack = 16 * U if dtype == torch.int8 else 4 * _constant(rows.shape[1])
+    codes, scale, norm, residual = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Codes(codes, scale, norm, residual, slack)
+
+
+def wide_codes(rows: Tensor, norms: Tensor) -> Codes:
+    """Rows [n, D] to be multiplied in int16; norms [n] float64. What is wild has the scale 0, as its codes."""
+    scale = torch.where(_unless_wild(norms, norms).isfinite(), norms / CODED_WIDE, 0).float()
+    residual = 0.505 * rows.shape[1] ** 0.5 * scale.double()
+    return Codes(rows, scale, norms + residual, residual, 16 * U)
+
+
+def gallery_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> tuple[Tensor, ...]:
+    """a, b, e, f [G] float32. norms: [G] float64."""
+    m, zero, C = norms, torch.zeros_like(norms), _constant(D)
+    one = torch.ones_like(norms)
+    if codes is not None:
+        scale, residual = codes.scale.double(), 1.001 * codes.residual
+        a, b, e, f = (scale, zero, m, residual) if metric == "ip" else (_over(scale, m), zero, one, _over(residual, m))
+    elif metric == "ip":
+        a, b, e, f = one, zero, C * m, zero
+    elif metric == "cosine":
+        a, b, e, f = _over(one, m), zero, zero, zero
+    else:
+        a, b, e, f = 2 * one, -m * m, 2 * C * m, C * m * m
+    return tuple(part.float().contiguous() for part in (a, b, _unless_wild(e, m), f))
+
+
+def query_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> Tensor:
+    """s, c, x, y, h as [Q, 5] float32. norms: [Q] float64."""
+    n, zero, one, C = norms, torch.zeros_like(norms), torch.ones_like(norms), _constant(D)
+    if codes is not None:
+        scale, residual = codes.scale.double(), 1.001 * codes.residual
+        slack = 1.1 * codes.slack * one
+        s, c, x, y, h = scale, zero, residual + slack * n, 1.001 * codes.norm, zero
+        if metric == "cosine":
+            s, x, y, h = _over(s, n), _over(residual, n), _over(y, n), slack
+    elif metric == "ip":
+        s, c, x, y, h = one, zero, n, zero, zero
+    elif metric == "cosine":
+        s, c, x, y, h = _over(one, n), zero, one, zero, C * one
+    else:
+        s, c, x, y, h = one, -n * n, n, one, C * n * n
+    return torch.stack([s, c, _unless_wild(x, n), y, h], 1).float().contiguous()
+
+
+def _constant(D: int) -> float:
+    return 1.02 * (D * U / (1 - D * U) + 16 * U) if D < MOST_FEATURES else float("inf")
+
+
+def _over(value: Tensor, norm: Tensor) -> Tensor:
+    return torch.where(norm > 0, value / norm, 0)
+
+
+def _unless_wild(value: Tensor, norm: Tensor) -> Tensor:
+    return torch.where((norm > 0) & ((norm < LOWEST) | (norm > HIGHEST)), torch.inf, value)
