@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU can show, in one go: build for its architecture, tests, sanitizer, benchmarks, what its compiler
 # makes of the kernels; rows and logs as one tar. Uses the machine's own python ($PYTHON, default python3) with torch,
-# triton, pybind11 and pytest; no network. COMMIT=... names the commit in the rows where there is no git. It ends within 8 minutes, whatever hangs.
+# triton, pybind11 and pytest; no network. It ends within 8 minutes, whatever hangs, and what found no time is named:
+# STEPS="step sanitizer" runs only these, after the build. COMMIT=... names the commit in the rows where there is no git.
 # Writes gpu-check.tar to $OUT, or to bench/results/ when OUT is not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +14,7 @@ failed=0
 step() {  # step NAME SECONDS COMMAND...: run, log, remember a failure; stopped after SECONDS, or when time is up
   local name=$1 cap=$2 left=$((470 - SECONDS))
   shift 2
+  if [[ -n ${STEPS:-} && " device build $STEPS " != *" $name "* ]]; then return; fi
   echo "== $name"
   if ((left < 5)); then echo "left out: time is up" | tee "$logs/$name.log"; failed=1; return; fi
   if timeout -k 5 $((cap < left ? cap : left)) "$@" > "$logs/$name.log" 2>&1; then
@@ -36,28 +38,24 @@ shards() {
   return $status
 }
 export -f shards
-export python PYTHONPATH=.
+export python PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 
 step device 60 "$python" -c "import torch, triton, sys; print(torch.cuda.get_device_name(), torch.__version__, \
 triton.__version__, sys.version.split()[0])"
 step build 120 env CUDA_ARCHS="${CUDA_ARCHS:-90a}" "$python" setup.py build_ext --inplace
 step tests 220 bash -c shards
-step attention 160 "$python" bench/attention.py --batch 32 256 --rounds 15 --json "$logs/attention.json" \
-  --plot "$logs/attention.png"
-step triplet 90 "$python" bench/triplet.py --samples 128 1024 8192 --rounds 15 --json "$logs/triplet.json" \
-  --plot "$logs/triplet.png"
+if "$python" -c "import timm, transformers" 2> /dev/null; then
+  step step 150 "$python" bench/step.py --batch 32 128 512 --rounds 6 \
+    --variants ours "no fused" released DDP "ZeRO 1" "ZeRO 2" "ZeRO 3" --json "$logs/step.json" --plot "$logs/step.png"
+else
+  echo "== step: skipped, timm or transformers is not installed"
+fi
 step topk 60 "$python" bench/topk.py --cases market1501 few --rounds 10 --json "$logs/topk.json" --plot "$logs/topk.png"
 if "$python" -c "import pyarrow" 2> /dev/null; then
   step rank 60 "$python" bench/rank.py --rounds 10 --json "$logs/rank.json" --plot "$logs/rank.png"
 else
   echo "== rank: skipped, pyarrow is not installed"
 fi
-if "$python" -c "import timm, transformers" 2> /dev/null; then
-  step step 100 "$python" bench/step.py --batch 32 128 --rounds 10 --json "$logs/step.json" --plot "$logs/step.png"
-else
-  echo "== step: skipped, timm or transformers is not installed"
-fi
-step compile_report 120 "$python" bench/compile_report.py --json "$logs/compile_report.json"
 if command -v compute-sanitizer > /dev/null; then
   step sanitizer 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu -k "normal or equal" \
     tests/test_topk.py tests/test_rank.py
@@ -68,6 +66,11 @@ if command -v compute-sanitizer > /dev/null; then
 else
   echo "== sanitizer: skipped, compute-sanitizer is not installed"
 fi
+step compile_report 120 "$python" bench/compile_report.py --json "$logs/compile_report.json"
+step triplet 90 "$python" bench/triplet.py --samples 128 1024 8192 --rounds 15 --json "$logs/triplet.json" \
+  --plot "$logs/triplet.png"
+step attention 160 "$python" bench/attention.py --batch 32 256 --rounds 15 --json "$logs/attention.json" \
+  --plot "$logs/attention.png"
 git rev-parse HEAD > "$logs/commit" 2> /dev/null || true
 tar -cf "$out/gpu-check.tar" -C "$logs" .
 echo "written to $out/gpu-check.tar"
