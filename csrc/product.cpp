@@ -87,8 +87,11 @@ ALWAYS_INLINE void multiply(const Product& given) {
   const auto [queries, Q, rows, kind, inverse, G, D, scratch, products] = given;
   const int64_t E = D + D % 2, bytes = D * (kind == FLOAT32 ? 4 : 2);
   std::vector<int16_t> codes(E);
-  for (int64_t g = 0; g < G; ++g) {
-    encode_cpu_body<N>(static_cast<const char*>(rows) + g * bytes, kind, inverse + g, 1, D, codes.data());
+  for (int64_t g = 0; g < G + COLUMNS - 1 - (G - 1) % COLUMNS; ++g) {
+    if (g < G)
+      encode_cpu_body<N>(static_cast<const char*>(rows) + g * bytes, kind, inverse + g, 1, D, codes.data());
+    else
+      std::fill(codes.begin(), codes.end(), 0);
     int16_t* panel = scratch + (g - g % COLUMNS) * E + g % COLUMNS * 2;
     for (int64_t i = 0; i < E; i += 2) __builtin_memcpy(panel + i * COLUMNS, &codes[i], 2 * sizeof(int16_t));
   }

@@ -71,8 +71,13 @@ def encode(rows: Tensor, dtype: torch.dtype) -> Codes:
 def wide_codes(rows: Tensor, norms: Tensor) -> Codes:
     """Rows [n, D] to be multiplied in int16; norms [n] float64. What is wild has the scale 0, as its codes."""
     scale = torch.where(_unless_wild(norms, norms).isfinite(), norms / CODED_WIDE, 0).float()
-    residual = 0.505 * rows.shape[1] ** 0.5 * scale.double()
+    residual = wide_residual(rows.shape[1]) * CODED_WIDE * scale.double()
     return Codes(rows, scale, norms + residual, residual, 16 * U)
+
+
+def wide_residual(D: int) -> float:
+    """Of int16, in parts of the norm."""
+    return 0.505 * D**0.5 / CODED_WIDE
 
 
 def gallery_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> tuple[Tensor, ...]:

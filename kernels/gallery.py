@@ -322,15 +322,16 @@ def _strip(
     integers = queries.dtype in (torch.int8, torch.int16)
     dtype = torch.int32 if integers else torch.float32
     buffer = torch.empty(len(rows) * width, dtype=dtype, device=queries.device)
-    scratch = None if given.inverse is None else panels(width, queries)
+    scratch = None if given.inverse is None else panels(min(width, columns[1] - columns[0]), queries)
     for start in range(*columns, width):
         stop = min(start + width, columns[1])
-        rest = given.gallery[start:stop] if order is None else given.gallery[order[start:stop]]
+        at = slice(start, stop) if order is None else order[start:stop]
+        rest = given.gallery[at]
         products = buffer[: len(rows) * (stop - start)].view(len(rows), stop - start)
         if scratch is None or given.inverse is None:
             multiply(queries, rest, products)
         else:
-            multiply_encoded(queries, rest, given.inverse[start:stop], products, scratch)
+            multiply_encoded(queries, rest, given.inverse[at], products, scratch)
         visit(part, module.Tile(products.data_ptr(), integers, rows.start, rows.stop, start, stop))
 
 
@@ -346,7 +347,7 @@ def multiply(queries: Tensor, rows: Tensor, products: Tensor) -> None:
 
 def panels(rows: int, queries: Tensor) -> Tensor:
     """Where `multiply_encoded` keeps the codes of so many rows."""
-    return torch.empty(-(-rows // PANEL) * PANEL * queries.shape[1], dtype=torch.int16)
+    return torch.empty(-(-rows // PANEL) * PANEL * queries.shape[1], dtype=torch.int16, device=queries.device)
 
 
 def multiply_encoded(queries: Tensor, rows: Tensor, inverse: Tensor, products: Tensor, scratch: Tensor) -> None:

@@ -121,12 +121,12 @@ def _search(
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
     with multiplying(device) as threads:
         parts, split = parts_of(Q, len(gallery), threads), split_of(Q, device)
-        integers = integers_pay(queries, gallery, metric, strip_rows(Q, threads, parts))
+        integers = integers_pay(queries, norms, gallery, k, metric, strip_rows(Q, threads, parts))
         given = (encoded_operands if integers else operands)(queries, norms, gallery, metric)
         search = module.TopK(pairs, bounds_of(given), excluded, k)
         entries = torch.empty(parts * split, Q, capacity, 3, dtype=torch.int32, device=device)
         counts = torch.zeros(parts * split, Q, dtype=torch.int32, device=device)
-        floors = torch.full((parts * split, Q), -torch.inf, device=device)
+        floors = torch.full((parts * split, Q), -torch.inf, dtype=torch.float32, device=device)
         lists = [
             module.Candidates(entries[p].data_ptr(), counts[p].data_ptr(), floors[p].data_ptr(), capacity)
             for p in range(0, parts * split, split)
@@ -163,7 +163,7 @@ def split_of(queries: int, device: torch.device) -> int:
 
 def empty_result(Q: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[Q, k] of -inf and of -1."""
-    values = torch.full((Q, k), -torch.inf, device=device)
+    values = torch.full((Q, k), -torch.inf, dtype=torch.float32, device=device)
     return values, torch.full((Q, k), -1, dtype=torch.int64, device=device)
 
 

@@ -154,7 +154,7 @@ MUTANTS = [
     ),
     *of(
         "kernels/bounds.py",
-        "topk rank",
+        "topk rank integers",
         ("float32: no room for the sum's order", "D * U / (1 - D * U) + 16 * U", "16 * U / D"),
         ("l2: bound of the products alone", "2 * one, -m * m, 2 * C * m, C * m * m", "2 * one, -m * m, zero, zero"),
         ("int8: the gallery's rounding", "zero, one, _over(residual, m)", "zero, one, zero"),
@@ -165,7 +165,8 @@ MUTANTS = [
         ),
         ("bounds where numbers underflow", "(norm < LOWEST) | ", ""),
         ("bounds where numbers overflow", " | (norm > HIGHEST)", ""),
-        ("int16: rounding", "residual = 0.505 * ", "residual = 0.2 * "),
+        ("int16: rounding", "return 0.505 * ", "return 0.45 * "),
+        ("int16: codes of what is wild", "_unless_wild(norms, norms).isfinite()", "norms.isfinite()"),
     ),
     *of(
         "kernels/integers.py",
@@ -175,6 +176,9 @@ MUTANTS = [
         ("codes are not looked for", "and gallery.codes is None", ""),
         ("any number of features", "< MOST_FEATURES", "<= MOST_FEATURES"),
         ("wrong products count", "return False  # a processor", "pass  # a processor"),
+        ("however near the scores are", "and crowd(queries, norms, gallery, k, metric) <= CROWDED", ""),
+        ("small galleries, too", "and len(gallery) >= 8 * SAMPLE[1]", ""),
+        ("a crowd of the best alone", "-(-k * len(rows) // len(gallery))", "1"),
         ("what is slower is used", "took) < min(", "took) > min("),
         ("measured by all threads", ", initializer=one)", ")"),
     ),

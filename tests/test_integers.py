@@ -13,7 +13,8 @@ from test_topk import LEVELS, features, level  # noqa: F401
 import kernels
 from kernels import integers
 from kernels._library import extension
-from kernels.gallery import multiply_encoded, panels
+from kernels.bounds import wide_codes
+from kernels.gallery import multiply_encoded, panels, row_norms
 
 search = importlib.import_module("kernels.topk")
 
@@ -48,28 +49,79 @@ def test_they_serve_many_queries_where_they_are_faster(monkeypatch):
     many = integers.LEAST
     queries, rows = features(2 * many, 9000, 8)
     gallery, coded = kernels.prepare_gallery(rows), kernels.prepare_gallery(rows, low_precision="int8")
+
+    def pay(queries=queries, gallery=gallery, metric="ip", count=many, k=3) -> bool:
+        return integers.integers_pay(queries, queries.double().norm(dim=1), gallery, k, metric, count)
+
     monkeypatch.setattr(integers, "integers_are_faster", lambda: False)
-    assert not integers.integers_pay(queries, gallery, "ip", many)
+    assert not pay()
     monkeypatch.setattr(integers, "integers_are_faster", lambda: True)
-    assert integers.integers_pay(queries, gallery, "ip", many)
-    assert integers.integers_pay(queries, gallery, "cosine", many)
-    assert not integers.integers_pay(queries, gallery, "l2", many)
-    assert not integers.integers_pay(queries, gallery, "ip", many - 1)
-    assert not integers.integers_pay(queries, coded, "ip", many)
-    wide = torch.ones(many, 1 << 16)
-    assert not integers.integers_pay(wide, kernels.prepare_gallery(wide[:1]), "ip", many)
+    assert pay()
+    assert pay(metric="cosine")
+    assert not pay(metric="l2")
+    assert not pay(count=many - 1)
+    assert not pay(gallery=coded)
+    assert not pay(gallery=kernels.prepare_gallery(rows[:8000]))
+    assert not pay(queries=queries + 100, gallery=kernels.prepare_gallery(rows + 100), metric="cosine")
+    flat = torch.ones(1, 1 << 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(integers, "crowd", lambda *given: 0)
+        assert not pay(flat.expand(many, -1), kernels.Gallery(flat.expand(9000, -1), torch.ones(9000), None, None))
 
     counts, encoded = [], search.encoded_operands
     monkeypatch.setattr(search, "encoded_operands", lambda *given: counts.append(len(given[0])) or encoded(*given))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        kernels.topk(queries[: 2 * many - 2], rows[:50], 3)  # less for each thread
         for count in (many - 1, 2 * many - 2, 2 * many):  # a thread has all of them and a part of the gallery, or half
             kernels.topk(queries[:count], gallery, 3)
+        monkeypatch.setattr(search, "parts_of", lambda *given: 1)
+        kernels.topk(queries[: 2 * many - 2], gallery, 3)  # less for each thread
     finally:
         torch.set_num_threads(before)
     assert counts == [2 * many - 2, 2 * many]
+
+
+def test_a_crowd_is_counted():
+    """What `crowd` says of a sample that is all there is, beside the intervals of every pair."""
+    queries, rows = features(20, 700, 64)
+    rows += 6
+    queries += 6
+    queries[0], rows[0] = 0, 0
+    for metric in ("cosine", "ip"):
+        gallery, norms = kernels.prepare_gallery(rows), row_norms("queries", queries)
+        given = integers.encoded_operands(queries, norms, gallery, metric)
+        s, c, x, y, h = given.query_bounds.double().T[:, :, None]
+        a, b, e, f = (part.double() for part in given.gallery_bounds)
+        keys = s * a * (given.queries.double() @ (rows * given.inverse[:, None]).round().double().T) + b + c
+        errors = x * e + y * f + h
+        for k in (1, 30, 700):
+            floors = (keys - errors).topk(k, dim=1).values[:, -1:]
+            passed = float((keys + errors >= floors).double().mean()) - k / 700
+            found = integers.crowd(queries, norms, gallery, k, metric)
+            assert found == pytest.approx(passed, rel=0.1, abs=2e-3)
+            assert k == 700 or found > 0.04
+
+
+def test_the_codes_of_what_is_wild_are_none():
+    norms = torch.tensor([0, 1e-30, 1, 1e30], dtype=torch.float64)
+    assert (wide_codes(torch.ones(4, 1), norms).scale > 0).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_does_not_matter(default):
+    queries, rows = features(300, 9000, 16)
+    gallery = kernels.prepare_gallery(rows)
+    expected = kernels.topk(queries, gallery, 5)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert integers.integers_are_faster.__wrapped__() in (False, True)
+        found = kernels.topk(queries, gallery, 5)
+        assert integers.crowd(queries, row_norms("queries", queries), gallery, 5, "ip") < 0.01
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_which_is_faster_is_measured(monkeypatch):

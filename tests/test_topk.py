@@ -85,8 +85,8 @@ def emulated(monkeypatch):
         monkeypatch.setattr(extension(), f"{name}_cpu", getattr(extension(), f"{name}_emulated"))
 
 
-def wide(queries, gallery, metric, rows) -> bool:
-    """`integers_pay`, whatever is faster and however few the queries are."""
+def wide(queries, norms, gallery, k, metric, rows) -> bool:
+    """`integers_pay`, whatever is faster, however few the queries and near the scores are."""
     return metric != "l2" and gallery.codes is None and queries.shape[1] > 0
 
 
@@ -358,8 +358,9 @@ def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D):
     if codes == "int16" and metric == "l2":
         pytest.skip("float32")
     rows[:20, 1:], queries[:10, 1:] = 0, 0  # one great feature: a great code
-    rows[20, 0], rows[20, 1:] = 1, 0.49 / 32767  # all that int16 leaves out points the same way
-    queries[10, 0], queries[10, 1:] = 0, 1
+    if D > 1:  # all that int16 leaves out, of both, points the same way: codes end in .49
+        code = 32767 // (D - 1) ** 0.5 - 1 + 0.49
+        queries[10] = rows[20] = torch.tensor([((32767 / code) ** 2 - (D - 1)) ** 0.5] + [1.0] * (D - 1))
     prepared = kernels.prepare_gallery(rows, low_precision=codes if codes != "int16" else None)
     norms = module.row_norms("queries", queries)
     given = (integers.encoded_operands if codes == "int16" else module.operands)(queries, norms, prepared, metric)
