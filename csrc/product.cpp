@@ -84,6 +84,7 @@ ALWAYS_INLINE void block(const int16_t* const* queries, const int32_t* panel, in
 template <int N, class Adding>
 ALWAYS_INLINE void multiply(const Product& given) {
   constexpr int COLUMNS = 2 * N;
+  static_assert(COLUMNS <= MOST_COLUMNS, "the scratch is too small");
   const auto [queries, Q, rows, kind, inverse, G, D, scratch, products] = given;
   const int64_t E = D + D % 2, bytes = D * (kind == FLOAT32 ? 4 : 2);
   std::vector<int16_t> codes(E);

@@ -49,7 +49,8 @@ def integers_pay(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metri
 
 
 def crowd(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str) -> float:
-    """The part of a gallery's rows that rounding lets pass beside the k best, in a sample."""
+    """The part of a gallery's rows, 0 to 1, that rounding lets pass beside the k best of a query, in a sample of both.
+    queries [Q, D] float32, norms [Q] float64; metric "cosine" or "ip"."""
     asked, rows = (
         torch.arange(min(most, count), device=queries.device) * count // min(most, count)
         for most, count in zip(SAMPLE, (len(queries), len(gallery)), strict=True)
@@ -65,7 +66,7 @@ def crowd(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str)
 
 
 def encoded_operands(queries: Tensor, norms: Tensor, gallery: Gallery, metric: str) -> Operands:
-    """As `operands`, in int16."""
+    """As `operands`, in int16: queries [Q, D] float32 with norms [Q] float64; metric "cosine" or "ip"."""
     D = queries.shape[1]
     ours, theirs = wide_codes(queries, norms), wide_codes(gallery.features, gallery.norms)
     return Operands(
@@ -78,6 +79,7 @@ def encoded_operands(queries: Tensor, norms: Tensor, gallery: Gallery, metric: s
 
 
 def inverse(scale: Tensor) -> Tensor:
+    """1 / scale [n] float32, and 0 for 0."""
     return torch.where(scale > 0, 1 / scale, 0)
 
 
@@ -91,7 +93,7 @@ def encode_queries(queries: Tensor, inverse: Tensor) -> Tensor:
 
 @functools.cache
 def integers_are_faster() -> bool:
-    """Whether this processor multiplies in int16 faster than in float32: measured once, by one thread, in some ms."""
+    """Whether this processor multiplies in int16 faster than in float32: measured at the first one, by one thread."""
     one = functools.partial(torch.set_num_threads, 1)
     with multiplying(torch.device("cpu")), ThreadPoolExecutor(1, initializer=one) as pool:
         return pool.submit(_measured).result()
