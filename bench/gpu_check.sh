@@ -51,6 +51,7 @@ else
   echo "== step: skipped, timm or transformers is not installed"
 fi
 step topk 60 "$python" bench/topk.py --cases market1501 few --rounds 10 --json "$logs/topk.json" --plot "$logs/topk.png"
+step large 120 "$python" bench/topk.py --cases large --rounds 3 --json "$logs/topk_large.json"
 if "$python" -c "import pyarrow" 2> /dev/null; then
   step rank 60 "$python" bench/rank.py --rounds 10 --json "$logs/rank.json" --plot "$logs/rank.png"
 else

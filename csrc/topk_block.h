@@ -29,13 +29,13 @@ HOST_DEVICE inline int64_t partition(const Block& block, Candidate* list, int64_
       shared.equal[t] = base + t < n && equals(shared.staged[t]);
       shared.counts[t] = shared.equal[t];
     });
-    const int32_t found = scan(block, shared.counts, shared.spare);
+    const int32_t found = block.scan(shared.counts, shared.spare);
     block.each([&](int t) {
       const bool kept_too = base + t < n && keep(shared.staged[t], equals_before + shared.counts[t]);
       shared.equal[t] = kept_too;
     });
     block.each([&](int t) { shared.counts[t] = shared.equal[t]; });
-    const int32_t passed = scan(block, shared.counts, shared.spare);
+    const int32_t passed = block.scan(shared.counts, shared.spare);
     block.each([&](int t) {
       if (shared.equal[t]) list[kept + shared.counts[t]] = shared.staged[t];
     });
@@ -51,7 +51,8 @@ HOST_DEVICE inline int64_t block_compact(const Block& block, const TopK& search,
                                          int64_t n, int64_t room, TopKShared<Block::THREADS>& shared) {
   const int64_t k = search.k;
   const auto none = [](const Candidate&) { return false; };
-  float limit = kth_greatest(block, n, k, [&](int64_t i) { return list[i].low; }, shared.selection);
+  const auto lows = [&](int64_t i) { return list[i].low; };
+  float limit = kth_greatest(block, n, k, lows, shared.selection, shared.counts, shared.spare);
   block.each([&](int t) {
     if (t == 0 && limit > shared.floors[slot]) shared.floors[slot] = limit;
   });
@@ -62,7 +63,7 @@ HOST_DEVICE inline int64_t block_compact(const Block& block, const TopK& search,
     for (int64_t i = t; i < n; i += Block::THREADS)
       if (list[i].low != list[i].high) list[i].low = list[i].high = search.pairs.score<false>(q, list[i].row);
   });
-  limit = kth_greatest(block, n, k, [&](int64_t i) { return list[i].low; }, shared.selection);
+  limit = kth_greatest(block, n, k, lows, shared.selection, shared.counts, shared.spare);
   const int64_t greater = k - shared.selection.rank;  // rows that score more; of the equal ones the lowest stay
   block.each([&](int t) {
     if (t == 0 && limit > shared.floors[slot]) shared.floors[slot] = limit;
@@ -97,7 +98,7 @@ HOST_DEVICE inline int64_t append(const Block& block, const TopK& search, const 
       for (int v = 0; v < EACH; ++v) count += passing(start + t * EACH + v, entry);
       shared.counts[t] = count;
     });
-    const int32_t total = scan(block, shared.counts, shared.spare);
+    const int32_t total = block.scan(shared.counts, shared.spare);
     if (n + total <= candidates.capacity) {
       block.each([&](int t) {
         int64_t at = n + shared.counts[t];

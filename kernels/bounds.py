@@ -18,6 +18,10 @@ codes     q = s_q q' + δ, g = s_g g' + ε, with q', g' in int8 or bfloat16 and 
 int16     As codes, with s = norm / 32767. A value times the rounded 1 / s errs by 2 u of 32767 at most, so the nearest
           whole number by 0.505: the residuals' norms are at most 0.505 s √D, without being computed. No code is beyond
           32767, and no sum of products, nor a part of one, beyond |q'| |g'| <= (32767 + 0.505 √D)² < 2^31.
+float16   As codes, with s the power of two that brings the norm to 2^14 .. 2^15: no code is beyond what float16 holds,
+          no sum of products beyond 2^30, and dividing by s is exact. Rounding errs by 2^-11 of a value, or by 2^-25
+          below 2^-14, so the residuals' norms are at most (2^-11 + 2^-39 √D) norm <= 0.501 2^-10 norm. Summed in
+          float32, as bfloat16's products.
 
 Numbers that underflow err by 2^-126 instead of u: harmless where 1e-12 <= n, m <= 1e18, for then D 2^-126 (n + m + 1)
 is far below 16 u n m. Outside of that (but for zero rows, whose products are exactly 0) nothing is promised: e or x is
@@ -34,14 +38,15 @@ from torch import Tensor
 U = 2.0**-24
 LOWEST, HIGHEST = 1e-12, 1e18  # norms between which the bounds hold
 MOST_FEATURES = 1 << 16  # codes: their products fit int32; float32: gamma stays small
-CODED, CODED_WIDE = 127, 32767  # greatest int8 and int16 code
+CODED, CODED_INT16 = 127, 32767  # greatest int8 and int16 code
 CODES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 
 
 class Codes(NamedTuple):
-    """Rows in few bits times a scale: values [n, D] int8 or bfloat16 (or the rows themselves, which become int16 while
-    they are multiplied), scale [n] float32, norm [n] of scale · values and residual [n], the norm of what that leaves
-    (or more), float64. slack: how far a product of values can be from the exact one, in parts of n m."""
+    """Rows in few bits times a scale: values [n, D] int8 or bfloat16 (or the rows themselves, which become int16 or
+    float16 while they are multiplied), scale [n] float32, norm [n] of scale · values and residual [n], the norm of what
+    that leaves (or more), float64. slack: how far a product of values, times the scales, can be from the exact one, in
+    parts of n m."""
 
     values: Tensor
     scale: Tensor
@@ -63,21 +68,35 @@ def encode(rows: Tensor, dtype: torch.dtype) -> Codes:
         values = values.to(dtype)
         coded = values.double() * scale.double()[:, None]
         parts.append((values, scale, coded.norm(dim=1), (part.double() - coded).norm(dim=1)))
-    slack = 16 * U if dtype == torch.int8 else 4 * _constant(rows.shape[1])
     codes, scale, norm, residual = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Codes(codes, scale, norm, residual, slack)
+    return Codes(codes, scale, norm, residual, _slack(rows.shape[1], dtype))
 
 
-def wide_codes(rows: Tensor, norms: Tensor) -> Codes:
-    """Rows [n, D] to be multiplied in int16; norms [n] float64. What is wild has the scale 0, as its codes."""
-    scale = torch.where(_unless_wild(norms, norms).isfinite(), norms / CODED_WIDE, 0).float()
-    residual = wide_residual(rows.shape[1]) * CODED_WIDE * scale.double()
-    return Codes(rows, scale, norms + residual, residual, 16 * U)
+def narrow_codes(rows: Tensor, norms: Tensor, dtype: torch.dtype) -> Codes:
+    """Rows [n, D] to be multiplied in int16 or float16; norms [n] float64. What is wild has the scale 0, and codes of
+    0."""
+    kept = torch.where(_unless_wild(norms, norms).isfinite(), norms, 0)
+    if dtype == torch.int16:
+        scale = kept / CODED_INT16
+    else:
+        mantissa, _ = torch.frexp(kept)  # 0.5 .. 1
+        scale = _over(kept, mantissa) * 2.0**-15
+    residual = narrow_residual(rows.shape[1], dtype) * kept
+    return Codes(rows, scale.float(), kept + residual, residual, _slack(rows.shape[1], dtype))
 
 
-def wide_residual(D: int) -> float:
-    """Of int16, in parts of the norm."""
-    return 0.505 * D**0.5 / CODED_WIDE
+def narrow_residual(D: int, dtype: torch.dtype) -> float:
+    """Of int16 or float16, in parts of the norm."""
+    return 0.505 * D**0.5 / CODED_INT16 if dtype == torch.int16 else 0.501 * 2.0**-10
+
+
+def narrow_error(D: int, dtype: torch.dtype) -> float:
+    """How far a product of two such rows can be from that of the rows themselves, about, in parts of n m."""
+    return 2.02 * narrow_residual(D, dtype) + _slack(D, dtype)
+
+
+def _slack(D: int, dtype: torch.dtype) -> float:
+    return 16 * U if dtype in (torch.int8, torch.int16) else 4 * _constant(D)
 
 
 def gallery_bounds(norms: Tensor, D: int, metric: str, codes: Codes | None) -> tuple[Tensor, ...]:

@@ -65,7 +65,7 @@ def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precisio
     keys           [G] or [G, J] int64: `topk(..., query_keys=)` leaves rows out by them
     low_precision  "int8" or "bfloat16": keep codes as well and find candidates by products of these (inner product and
                    cosine), with the same results. Measured faster on no processor yet, so never chosen unasked. Without
-                   codes, many queries are multiplied in int16 on a CPU that does it faster: kernels/integers.py
+                   codes, many queries are multiplied in 16 bits where this is faster: kernels/narrow.py
 
     A gallery in host memory is prepared there and serves queries on a GPU as well: kernels/streaming.py.
     ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
@@ -207,7 +207,13 @@ def call(name: str, device: torch.device, *given: Any) -> None:
 
 
 _settings = threading.Lock()
-_sweeps, _threads, _precisions = 0, 1, ("", "")
+_sweeps, _threads, _before = 0, 1, list[Any]()
+_MATMUL: Any = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+STRICT = (
+    (_MATMUL[0], "fp32_precision", "ieee"),
+    (_MATMUL[1], "fp32_precision", "ieee"),
+    (_MATMUL[1], "allow_fp16_accumulation", False),
+)
 
 
 @contextlib.contextmanager
@@ -215,15 +221,15 @@ def multiplying(device: torch.device) -> Iterator[int]:
     """torch's settings while products are made, put back by the last of the threads that are in here; yields how many
     threads a sweep may use.
 
-    float32 is multiplied as float32, whatever `torch.set_float32_matmul_precision` allows: the bounds rest on it."""
-    global _sweeps, _threads, _precisions
-    backends: Any = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    float32 is multiplied as float32, whatever `torch.set_float32_matmul_precision` allows, and float16 is summed in
+    float32: the bounds rest on it."""
+    global _sweeps, _threads, _before
     with _settings:
         if not _sweeps:
             _threads = torch.get_num_threads()
-            _precisions = backends[0].fp32_precision, backends[1].fp32_precision
-            for matmul in backends:
-                matmul.fp32_precision = "ieee"
+            _before = [getattr(owner, name) for owner, name, _ in STRICT]
+            for owner, name, value in STRICT:
+                setattr(owner, name, value)
         _sweeps += 1
     try:
         yield _threads if device.type == "cpu" else 1
@@ -231,8 +237,8 @@ def multiplying(device: torch.device) -> Iterator[int]:
         with _settings:
             _sweeps -= 1
             if not _sweeps:
-                for matmul, precision in zip(backends, _precisions, strict=True):
-                    matmul.fp32_precision = precision
+                for (owner, name, _), value in zip(STRICT, _before, strict=True):
+                    setattr(owner, name, value)
                 torch.set_num_threads(_threads)  # a sweep's threads have set it to 1
 
 
@@ -255,8 +261,8 @@ def run_all(tasks: Sequence[Callable[[], Any]], threads: int, prepare: Callable[
 
 class Operands(NamedTuple):
     """What is multiplied: queries [Q, D] and gallery [G, D], float32 (the gallery also in its stored type), int8 or
-    bfloat16; or queries in int16 and the gallery as it is stored with `inverse` [G] float32 (kernels/integers.py). And
-    the bounds of the products."""
+    bfloat16; or queries in int16 or float16 and the gallery as it is stored with `inverse` [G] float32
+    (kernels/narrow.py). And the bounds of the products."""
 
     queries: Tensor
     gallery: Tensor
@@ -286,8 +292,7 @@ def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order:
     order    [G] the gallery's rows as the tiles' columns, instead of 0 .. G - 1
     """
     Q, G = len(given.queries), len(given.gallery)
-    most = DEVICE_ROWS if given.queries.is_cuda else ROWS
-    rows = strip_rows(Q, threads, parts, most)
+    rows = strip_rows(Q, threads, parts, given.queries.device)
     tasks = [
         functools.partial(_strip, given, visit, order, part, range(start, min(start + rows, Q)), columns)
         for part, columns in enumerate(itertools.pairwise(G * i // parts for i in range(parts + 1)))
@@ -298,8 +303,9 @@ def sweep(given: Operands, visit: Visit, *, threads: int, parts: int = 1, order:
     run_all(tasks, threads, functools.partial(torch.set_num_threads, 1))
 
 
-def strip_rows(queries: int, threads: int, parts: int, most: int = ROWS) -> int:
+def strip_rows(queries: int, threads: int, parts: int, device: torch.device) -> int:
     """How many queries a strip has: those of a thread, or of all where each sweeps its part, in equal blocks."""
+    most = DEVICE_ROWS if device.type == "cuda" else ROWS
     share = -(-queries // (threads if parts == 1 else 1))
     return max(1, -(-share // max(1, -(-share // most))))
 
@@ -322,13 +328,13 @@ def _strip(
     integers = queries.dtype in (torch.int8, torch.int16)
     dtype = torch.int32 if integers else torch.float32
     buffer = torch.empty(len(rows) * width, dtype=dtype, device=queries.device)
-    scratch = None if given.inverse is None else panels(min(width, columns[1] - columns[0]), queries)
+    scratch = scratch_for(queries, min(width, columns[1] - columns[0]), given.gallery.shape[1])
     for start in range(*columns, width):
         stop = min(start + width, columns[1])
         at = slice(start, stop) if order is None else order[start:stop]
         rest = given.gallery[at]
         products = buffer[: len(rows) * (stop - start)].view(len(rows), stop - start)
-        if scratch is None or given.inverse is None:
+        if given.inverse is None:
             multiply(queries, rest, products)
         else:
             multiply_encoded(queries, rest, given.inverse[at], products, scratch)
@@ -336,26 +342,31 @@ def _strip(
 
 
 def multiply(queries: Tensor, rows: Tensor, products: Tensor) -> None:
-    """products = queries rowsᵀ: int8 into int32, bfloat16 and float32 into float32."""
+    """products = queries rowsᵀ: int8 into int32; float16, bfloat16 and float32 into float32."""
     if queries.dtype == torch.int8:
         torch._int_mm(queries, rows.T, out=products)
-    elif queries.dtype == torch.bfloat16 and queries.is_cuda:
+    elif queries.is_cuda and queries.dtype == rows.dtype != torch.float32:
         torch.mm(queries, rows.T, out_dtype=torch.float32, out=products)  # type: ignore[call-overload]
     else:
         torch.mm(queries.float(), rows.float().T, out=products)
 
 
-def panels(rows: int, queries: Tensor) -> Tensor:
-    """Where `multiply_encoded` keeps the codes of so many rows."""
-    return torch.empty(-(-rows // PANEL) * PANEL * queries.shape[1], dtype=torch.int16, device=queries.device)
-
-
 def multiply_encoded(queries: Tensor, rows: Tensor, inverse: Tensor, products: Tensor, scratch: Tensor) -> None:
-    """products [Q, G] int32 of the queries' codes [Q, D or D + 1, even] int16 and those of rows [G, D], which are made
-    into scratch: a row times its `inverse` [G], rounded."""
+    """products [Q, G], int32 or float32, of the queries' codes ([Q, D or D + 1, even] int16 or [Q, D] float16) and
+    those of rows [G, D], which are made into scratch: a row times its `inverse` [G] float32, rounded."""
+    if queries.dtype == torch.float16:
+        codes = scratch[: rows.numel()].view(rows.shape)
+        multiply(queries, torch.mul(rows, inverse[:, None], out=codes), products)
+        return
     own = queries.data_ptr(), len(queries)
     theirs = rows.data_ptr(), KINDS.index(rows.dtype), inverse.data_ptr(), *rows.shape
     call("product", rows.device, *own, *theirs, scratch.data_ptr(), products.data_ptr())
+
+
+def scratch_for(queries: Tensor, rows: int, D: int) -> Tensor:
+    """Where `multiply_encoded` keeps the codes of so many rows; queries: the codes of these."""
+    size = {torch.int16: -(-rows // PANEL) * PANEL * queries.shape[1], torch.float16: rows * D}
+    return queries.new_empty(size.get(queries.dtype, 0))
 
 
 def pairs_of(queries: Tensor, norms: Tensor, gallery: Gallery, metric: str) -> Any:

@@ -30,7 +30,7 @@ from kernels.gallery import (
     sweep,
     together,
 )
-from kernels.integers import encoded_operands, integers_pay
+from kernels.narrow import narrow_operands, narrow_pays
 from kernels.streaming import best, parts
 
 ROOM, DEVICE_ROOM = 256, 4096  # candidates beyond k that a list holds; csrc/topk_block.h asks for 2048 on a GPU
@@ -121,8 +121,8 @@ def _search(
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
     with multiplying(device) as threads:
         parts, split = parts_of(Q, len(gallery), threads), split_of(Q, device)
-        integers = integers_pay(queries, norms, gallery, k, metric, strip_rows(Q, threads, parts))
-        given = (encoded_operands if integers else operands)(queries, norms, gallery, metric)
+        narrow = narrow_pays(queries, norms, gallery, k, metric, strip_rows(Q, threads, parts, device))
+        given = (narrow_operands if narrow else operands)(queries, norms, gallery, metric)
         search = module.TopK(pairs, bounds_of(given), excluded, k)
         entries = torch.empty(parts * split, Q, capacity, 3, dtype=torch.int32, device=device)
         counts = torch.zeros(parts * split, Q, dtype=torch.int32, device=device)

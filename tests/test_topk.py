@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import gallery as module
-from kernels import integers
+from kernels import narrow
 from kernels._library import extension
 
 search = importlib.import_module("kernels.topk")  # the package's attribute is the function
@@ -85,15 +85,25 @@ def emulated(monkeypatch):
         monkeypatch.setattr(extension(), f"{name}_cpu", getattr(extension(), f"{name}_emulated"))
 
 
-def wide(queries, norms, gallery, k, metric, rows) -> bool:
-    """`integers_pay`, whatever is faster, however few the queries and near the scores are."""
-    return metric != "l2" and gallery.codes is None and queries.shape[1] > 0
+NARROW = {"int16": torch.int16, "float16": torch.float16}
 
 
-@pytest.fixture(params=["float32", "int16"])
+def multiply_in(kind: str | None, patch: pytest.MonkeyPatch) -> None:
+    """Searches multiply in "int16" or "float16", whatever is faster, however few the queries and near the scores are;
+    otherwise as they are asked to."""
+
+    def pays(queries, norms, gallery, k, metric, rows) -> bool:
+        return kind in NARROW and metric != "l2" and gallery.codes is None and queries.shape[1] > 0
+
+    patch.setattr(search, "narrow_pays", pays)
+    if kind in NARROW:
+        patch.setattr(narrow, "narrow_type", lambda device: NARROW[kind])
+
+
+@pytest.fixture(params=["float32", "int16", "float16"])
 def multiplied(request, monkeypatch):
-    """How a search multiplies, whatever is faster here."""
-    monkeypatch.setattr(search, "integers_pay", wide if request.param == "int16" else lambda *given: False)
+    """How a search multiplies."""
+    multiply_in(request.param, monkeypatch)
     return request.param
 
 
@@ -132,7 +142,13 @@ def test_equals_a_sort(metric, kind, multiplied):
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_gpus_blocks_equal_a_sort(metric, kind, emulated, monkeypatch):
     """The last block has fewer queries; a tile's columns in one share, and in shares with lists of their own."""
-    for (Q, G, D, k), split in (((5, 9000, 20, 7), 1), ((5, 9000, 20, 7), 3), ((3, 9000, 33, 1500), 2)):
+    for (Q, G, D, k), split, kinds in (
+        ((5, 9000, 20, 7), 1, None),
+        ((5, 9000, 20, 7), 1, "float16"),
+        ((5, 9000, 20, 7), 3, None),
+        ((3, 9000, 33, 1500), 2, None),
+    ):
+        multiply_in(kinds, monkeypatch)
         monkeypatch.setattr(search, "split_of", lambda queries, device, split=split: split)
         queries, gallery = features(Q, G, D, kind)
         assert same(kernels.topk(queries, gallery, k, metric=metric), sorted_out(queries, gallery, k, metric))
@@ -247,7 +263,7 @@ def test_strides_do_not_matter(multiplied):
 @pytest.mark.parametrize("Q", [64, 700])
 def test_a_product_takes_one_thread(Q, monkeypatch):
     """Two side by side: products that divide themselves would be four threads on two cores."""
-    monkeypatch.setattr(search, "integers_pay", lambda *given: False)
+    multiply_in(None, monkeypatch)
     taken, multiply, before = [], module.multiply, torch.get_num_threads()
     openmp = ctypes.CDLL(torch._C.__file__)  # where the library that torch loaded is found
 
@@ -289,26 +305,31 @@ def test_threads_and_blocks_do_not_matter(Q, kind, monkeypatch, multiplied):
 
 
 def test_torchs_precision_is_set_and_put_back(monkeypatch):
-    """TF32 and bfloat16 would break the bounds of float32."""
+    """TF32 and bfloat16 would break the bounds of float32, sums in float16 those of float16."""
     queries, gallery = features(8, 300, 20)
-    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     seen, multiply = [], module.multiply
 
+    def now() -> list:
+        one, other = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+        return [one.fp32_precision, other.fp32_precision, other.allow_fp16_accumulation]
+
     def spy(*given):
-        seen.append([backend.fp32_precision for backend in backends])
+        seen.append(now())
         multiply(*given)
 
     monkeypatch.setattr(module, "multiply", spy)
     torch.set_float32_matmul_precision("medium")
-    before = [backend.fp32_precision for backend in backends]
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    before = now()
     try:
         kernels.topk(queries, gallery, 3)
-        assert [backend.fp32_precision for backend in backends] == before
+        assert now() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
     assert seen
-    assert all(both == ["ieee", "ieee"] for both in seen)
-    assert before != ["ieee", "ieee"]
+    assert all(each == ["ieee", "ieee", False] for each in seen)
+    assert not any(one == other for one, other in zip(before, seen[0], strict=True))
 
 
 def test_more_queries_than_are_held_at_a_time(monkeypatch):
@@ -329,7 +350,7 @@ def test_more_queries_than_are_held_at_a_time(monkeypatch):
     metric=st.sampled_from(METRICS),
     kind=st.sampled_from(KINDS),
     keyed=st.booleans(),
-    codes=st.sampled_from([None, "int8", "int16", "bfloat16"]),
+    codes=st.sampled_from([None, "int8", "bfloat16", *NARROW]),
 )
 @settings(max_examples=200, deadline=None)
 def test_anything_equals_a_sort(seed, Q, G, D, k, metric, kind, keyed, codes):
@@ -338,40 +359,43 @@ def test_anything_equals_a_sort(seed, Q, G, D, k, metric, kind, keyed, codes):
     if keyed:
         generator = torch.Generator().manual_seed(seed)
         keys = tuple(torch.randint(0, 3, (n, 2), generator=generator) for n in (Q, G))
-    stored = codes if codes != "int16" else None
+    stored = codes if codes not in NARROW else None
     prepared = kernels.prepare_gallery(gallery, keys=keys[1] if keyed else None, low_precision=stored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "integers_pay", wide if codes == "int16" else lambda *given: False)
+        multiply_in(codes, patch)
         found = kernels.topk(queries, prepared, k, metric=metric, query_keys=keys[0] if keyed else None)
     assert same(found, sorted_out(queries, gallery, k, metric, *keys))
 
 
 @pytest.mark.parametrize("D", [1, 31, 768])
-@pytest.mark.parametrize("codes", [None, "int8", "bfloat16", "int16"])
+@pytest.mark.parametrize("codes", [None, "int8", "bfloat16", *NARROW])
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D):
+def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D, monkeypatch):
     """kernels/bounds.py: |s a P + b + c - score| <= x e + y f + h, for products summed in several orders."""
     generator = torch.Generator().manual_seed(0)
     queries, rows = torch.randn(40, D, generator=generator), torch.randn(60, D, generator=generator)
     queries *= 10 ** (2 * torch.randn(40, 1, generator=generator))
     rows *= 10 ** (2 * torch.randn(60, 1, generator=generator))
-    if codes == "int16" and metric == "l2":
+    if codes in NARROW and metric == "l2":
         pytest.skip("float32")
+    multiply_in(codes, monkeypatch)
     rows[:20, 1:], queries[:10, 1:] = 0, 0  # one great feature: a great code
     if D > 1:  # all that int16 leaves out, of both, points the same way: codes end in .49
         code = 32767 // (D - 1) ** 0.5 - 1 + 0.49
         queries[10] = rows[20] = torch.tensor([((32767 / code) ** 2 - (D - 1)) ** 0.5] + [1.0] * (D - 1))
-    prepared = kernels.prepare_gallery(rows, low_precision=codes if codes != "int16" else None)
+        queries[11] = rows[21] = torch.full((D,), 1 + 0.999 * 2.0**-11)  # and of float16
+    prepared = kernels.prepare_gallery(rows, low_precision=codes if codes not in NARROW else None)
     norms = module.row_norms("queries", queries)
-    given = (integers.encoded_operands if codes == "int16" else module.operands)(queries, norms, prepared, metric)
+    given = (narrow.narrow_operands if codes in NARROW else module.operands)(queries, norms, prepared, metric)
     s, c, x, y, h = given.query_bounds.double().T[:, :, None]
     a, b, e, f = (part.double() for part in given.gallery_bounds)
     exact = torch.from_numpy(every_score(queries, rows, metric)).double()
     left, right = given.queries.float(), given.gallery.float()
     orders = [torch.arange(D), torch.arange(D).flip(0), torch.randperm(D, generator=generator)]
     if given.inverse is not None:
-        left, right = given.queries.double(), (right * given.inverse[:, None]).round().double()
-        orders = orders[:1]
+        right = right * given.inverse[:, None]
+        right = right.round().double() if codes == "int16" else right.half().float()
+        left, orders = left.to(right.dtype), orders[: 1 if codes == "int16" else 3]
     for order in orders:
         products = torch.zeros(40, 60, dtype=left.dtype)
         for i in order.tolist():
@@ -381,6 +405,8 @@ def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D):
         assert (error <= bound).all()
         if D > 1 and codes != "bfloat16":  # whose slack is for other hardware
             assert (error / bound).max() > 0.002
+        if D > 1 and codes in NARROW:
+            assert (error / bound).max() > 0.6
 
 
 def test_rows_that_are_not_finite_are_named():
@@ -434,7 +460,7 @@ def test_a_name_is_a_function_whatever_was_imported():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("Q", "ks"), [(1, [100]), (70, [1, 100, 5000]), (1501, [100])])
-def test_the_gpu_returns_the_same_bits(metric, kind, Q, ks):
+def test_the_gpu_returns_the_same_bits(metric, kind, Q, ks, monkeypatch):
     """One query by many blocks, some by several each, and several by one block."""
     queries, gallery = features(Q, 9000, 96, kind)
     keys = torch.arange(Q) % 5, torch.arange(9000) % 50
@@ -444,5 +470,7 @@ def test_the_gpu_returns_the_same_bits(metric, kind, Q, ks):
             expected = kernels.topk(queries, rows, k, metric=metric, query_keys=keys[0], gallery_keys=keys[1])
             for codes in (None, "bfloat16"):
                 prepared = kernels.prepare_gallery(rows.cuda(), keys=keys[1].cuda(), low_precision=codes)
-                found = kernels.topk(queries.cuda(), prepared, k, metric=metric, query_keys=keys[0].cuda())
-                assert same([part.cpu() for part in found], expected)
+                for narrow_too in (False, True):
+                    multiply_in("float16" if narrow_too else None, monkeypatch)
+                    found = kernels.topk(queries.cuda(), prepared, k, metric=metric, query_keys=keys[0].cuda())
+                    assert same([part.cpu() for part in found], expected)

@@ -1,20 +1,21 @@
-"""Products in int16: exact for every instruction set, and used where they pay. That a search by them equals one in
-float32: tests/test_topk.py."""
+"""Products in 16 bits: int16's exact for every instruction set; used where they pay. That a search by them equals one
+in float32: tests/test_topk.py."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 
 import pytest
 import torch
-from test_topk import LEVELS, features, level  # noqa: F401
+from test_topk import LEVELS, NARROW, features, level, multiply_in  # noqa: F401
 
 import kernels
-from kernels import integers
+from kernels import narrow
 from kernels._library import extension
-from kernels.bounds import wide_codes
-from kernels.gallery import multiply_encoded, panels, row_norms
+from kernels.bounds import narrow_codes
+from kernels.gallery import multiply_encoded, row_norms, scratch_for
 
 search = importlib.import_module("kernels.topk")
 
@@ -36,26 +37,26 @@ def test_products_are_exact(Q, G, D, dtype, which, level):  # noqa: F811
         (part.float() * scale[:, None]).round().long() for part, scale in zip((queries, rows), scales, strict=True)
     )
     assert right.abs().max() == 32767
-    codes = integers.encode_queries(queries, scales[0])
+    codes = narrow.encode_queries(queries, scales[0], torch.int16)
     assert torch.equal(codes[:, :D].long(), left)
     assert not codes[:, D:].any()
     products = torch.full((Q + 1, G), -7, dtype=torch.int32)
-    multiply_encoded(codes, rows, scales[1], products[:Q], panels(G, codes))
+    multiply_encoded(codes, rows, scales[1], products[:Q], scratch_for(codes, G, D))
     assert torch.equal(products[:Q].long(), left @ right.T)
     assert (products[Q] == -7).all()
 
 
 def test_they_serve_many_queries_where_they_are_faster(monkeypatch):
-    many = integers.LEAST
+    many = narrow.LEAST
     queries, rows = features(2 * many, 9000, 8)
     gallery, coded = kernels.prepare_gallery(rows), kernels.prepare_gallery(rows, low_precision="int8")
 
     def pay(queries=queries, gallery=gallery, metric="ip", count=many, k=3) -> bool:
-        return integers.integers_pay(queries, queries.double().norm(dim=1), gallery, k, metric, count)
+        return narrow.narrow_pays(queries, queries.double().norm(dim=1), gallery, k, metric, count)
 
-    monkeypatch.setattr(integers, "integers_are_faster", lambda: False)
+    monkeypatch.setattr(narrow, "narrow_is_faster", lambda device: False)
     assert not pay()
-    monkeypatch.setattr(integers, "integers_are_faster", lambda: True)
+    monkeypatch.setattr(narrow, "narrow_is_faster", lambda device: True)
     assert pay()
     assert pay(metric="cosine")
     assert not pay(metric="l2")
@@ -65,11 +66,11 @@ def test_they_serve_many_queries_where_they_are_faster(monkeypatch):
     assert not pay(queries=queries + 100, gallery=kernels.prepare_gallery(rows + 100), metric="cosine")
     flat = torch.ones(1, 1 << 16)
     with monkeypatch.context() as patch:
-        patch.setattr(integers, "crowd", lambda *given: 0)
+        patch.setattr(narrow, "crowd", lambda *given: 0)
         assert not pay(flat.expand(many, -1), kernels.Gallery(flat.expand(9000, -1), torch.ones(9000), None, None))
 
-    counts, encoded = [], search.encoded_operands
-    monkeypatch.setattr(search, "encoded_operands", lambda *given: counts.append(len(given[0])) or encoded(*given))
+    counts, encoded = [], search.narrow_operands
+    monkeypatch.setattr(search, "narrow_operands", lambda *given: counts.append(len(given[0])) or encoded(*given))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -82,30 +83,56 @@ def test_they_serve_many_queries_where_they_are_faster(monkeypatch):
     assert counts == [2 * many - 2, 2 * many]
 
 
-def test_a_crowd_is_counted():
+@pytest.mark.parametrize("kind", NARROW)
+def test_a_crowd_is_counted(kind, monkeypatch):
     """What `crowd` says of a sample that is all there is, beside the intervals of every pair."""
+    multiply_in(kind, monkeypatch)
     queries, rows = features(20, 700, 64)
     rows += 6
     queries += 6
     queries[0], rows[0] = 0, 0
     for metric in ("cosine", "ip"):
         gallery, norms = kernels.prepare_gallery(rows), row_norms("queries", queries)
-        given = integers.encoded_operands(queries, norms, gallery, metric)
+        given = narrow.narrow_operands(queries, norms, gallery, metric)
         s, c, x, y, h = given.query_bounds.double().T[:, :, None]
         a, b, e, f = (part.double() for part in given.gallery_bounds)
-        keys = s * a * (given.queries.double() @ (rows * given.inverse[:, None]).round().double().T) + b + c
+        codes = rows * given.inverse[:, None]
+        codes = codes.round() if kind == "int16" else codes.half()
+        keys = s * a * (given.queries.double() @ codes.double().T) + b + c
         errors = x * e + y * f + h
         for k in (1, 30, 700):
             floors = (keys - errors).topk(k, dim=1).values[:, -1:]
             passed = float((keys + errors >= floors).double().mean()) - k / 700
-            found = integers.crowd(queries, norms, gallery, k, metric)
+            found = narrow.crowd(queries, norms, gallery, k, metric)
             assert found == pytest.approx(passed, rel=0.1, abs=2e-3)
             assert k == 700 or found > 0.04
 
 
-def test_the_codes_of_what_is_wild_are_none():
+@pytest.mark.parametrize("dtype", NARROW.values())
+def test_the_codes_of_what_is_wild_are_none(dtype):
     norms = torch.tensor([0, 1e-30, 1, 1e30], dtype=torch.float64)
-    assert (wide_codes(torch.ones(4, 1), norms).scale > 0).tolist() == [False, False, True, False]
+    assert (narrow_codes(torch.ones(4, 1), norms, dtype).scale > 0).tolist() == [False, False, True, False]
+
+
+def test_float16_codes_use_its_range_and_divide_exactly():
+    norms = torch.tensor([1e-12, 0.3, 1, 1.9999999, 2, 3e17, 1e18], dtype=torch.float64)
+    codes = narrow_codes(torch.ones(7, 1), norms, torch.float16)
+    assert (torch.frexp(codes.scale)[0] == 0.5).all()
+    assert ((norms / codes.scale >= 2**14) & (norms / codes.scale < 2**15)).all()
+    assert (narrow.inverse(codes.scale) * codes.scale == 1).all()
+
+
+def test_small_numbers_beside_great_ones_in_float16():
+    """Below 2^-14 of a code float16 has fewer bits, and none below 2^-25: the bound of what is lost holds."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 700, generator=generator) * 2.0 ** -torch.randint(0, 60, (50, 700), generator=generator)
+    norms = row_norms("rows", rows)
+    codes = narrow_codes(rows, norms, torch.float16)
+    given = narrow.encode_queries(rows, narrow.inverse(codes.scale), torch.float16).double() * codes.scale[:, None]
+    lost = (given - rows.double()).norm(dim=1)
+    assert (lost <= codes.residual).all()
+    assert (given.norm(dim=1) <= codes.norm).all()
+    assert (lost > 0.1 * codes.residual).any()
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -116,19 +143,21 @@ def test_the_default_type_does_not_matter(default):
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        assert integers.integers_are_faster.__wrapped__() in (False, True)
+        assert narrow.narrow_is_faster.__wrapped__(torch.device("cpu")) in (False, True)
         found = kernels.topk(queries, gallery, 5)
-        assert integers.crowd(queries, row_norms("queries", queries), gallery, 5, "ip") < 0.01
+        assert narrow.crowd(queries, row_norms("queries", queries), gallery, 5, "ip") < 0.01
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_which_is_faster_is_measured(monkeypatch):
+@pytest.mark.parametrize("kind", NARROW)
+def test_which_is_faster_is_measured(kind, monkeypatch):
     """And a processor that multiplies wrongly does not count."""
+    multiply_in(kind, monkeypatch)
     clock, takes, threads = [0.0], {"multiply_encoded": 1.0, "multiply": 2.0}, torch.get_num_threads()
     openmp, taken = ctypes.CDLL(torch._C.__file__), set()
-    monkeypatch.setattr(integers.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(narrow.time, "perf_counter", lambda: clock[0])
 
     def timed(name, work):
         def timed(*given):
@@ -136,11 +165,11 @@ def test_which_is_faster_is_measured(monkeypatch):
             taken.update((openmp.omp_get_max_threads(), torch.get_num_threads()))  # torch, when asked, sets OpenMP's
             work(*given)
 
-        monkeypatch.setattr(integers, name, timed)
+        monkeypatch.setattr(narrow, name, timed)
 
     for name in takes:
-        timed(name, getattr(integers, name))
-    measure = integers.integers_are_faster.__wrapped__
+        timed(name, getattr(narrow, name))
+    measure = functools.partial(narrow.narrow_is_faster.__wrapped__, torch.device("cpu"))
     torch.set_num_threads(2)
     try:
         assert measure()
