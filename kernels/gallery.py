@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import _check
 from kernels._library import extension
 from kernels.bounds import CODES, MOST_FEATURES, Codes, encode, gallery_bounds, query_bounds
+from kernels.leading import Leading
 
 METRICS = ("cosine", "ip", "l2")
 KINDS = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,11 +37,17 @@ class Gallery:
     norms     [G] float64, canonical
     keys      [G, J] int64, or None
     codes     [G, D] int8 with scales [G] float32 and residual norms [G] float64, or None
+    leading   the rows along few directions, once searches have paid for them (kernels/candidates.py), or None
+
+    kept: for more than one search; searched: by so many queries so far; due: queries after which to look for
+    directions.
     """
 
-    def __init__(self, features: Tensor, norms: Tensor, keys: Tensor | None, codes: Codes | None):
-        self.features, self.norms, self.keys, self.codes = features, norms, keys, codes
-        self._bounds: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
+    def __init__(self, features: Tensor, norms: Tensor, keys: Tensor | None, codes: Codes | None, kept: bool = False):
+        self.features, self.norms, self.keys, self.codes, self.kept = features, norms, keys, codes, kept
+        self.leading: Leading | None = None
+        self.searched, self.due = 0, 0.0
+        self._made: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return len(self.features)
@@ -49,13 +56,16 @@ class Gallery:
     def shape(self) -> torch.Size:
         return self.features.shape
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What make() returns, made once for this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def bounds(self, metric: str, coded: bool) -> tuple[Tensor, ...]:
-        """a, b, e, f of this module's head, [G] float32 each."""
-        if (metric, coded) not in self._bounds:
-            self._bounds[metric, coded] = gallery_bounds(
-                self.norms, self.shape[1], metric, self.codes if coded else None
-            )
-        return self._bounds[metric, coded]
+        """a, b, e, f of kernels/bounds.py, [G] float32 each."""
+        codes = self.codes if coded else None
+        return self.once((metric, coded), lambda: gallery_bounds(self.norms, self.shape[1], metric, codes))
 
 
 def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precision: str | None = None) -> Gallery:
@@ -64,15 +74,17 @@ def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precisio
     gallery        [G, D] float32, float16 or bfloat16
     keys           [G] or [G, J] int64: `topk(..., query_keys=)` leaves rows out by them
     low_precision  "int8" or "bfloat16": keep codes as well and find candidates by products of these (inner product and
-                   cosine), with the same results. Measured faster on no processor yet, so never chosen unasked. Without
-                   codes, many queries are multiplied in 16 bits where this is faster: kernels/narrow.py
+                   cosine), with the same results. Measured faster on no processor yet, so never chosen unasked
 
+    Without such codes searches choose by themselves how they multiply: kernels/candidates.py. Where features lie mostly
+    in few directions, the rows along these are kept once enough queries have come: a quarter of the features' memory,
+    at most.
     A gallery in host memory is prepared there and serves queries on a GPU as well: kernels/streaming.py.
     ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
     """
     check_gallery(gallery)
     _check.one_of("low_precision", low_precision, (None, *CODES))
-    return _prepared(gallery, keys_of("keys", keys, "gallery", gallery), low_precision)
+    return _prepared(gallery, keys_of("keys", keys, "gallery", gallery), low_precision, kept=True)
 
 
 def check_gallery(gallery: Tensor) -> None:
@@ -82,13 +94,15 @@ def check_gallery(gallery: Tensor) -> None:
         raise ValueError(f"gallery: expected fewer than 2^31 rows, got {len(gallery)}; divide it into shards")
 
 
-def _prepared(gallery: Tensor, keys: Tensor | None = None, low_precision: str | None = None) -> Gallery:
+def _prepared(
+    gallery: Tensor, keys: Tensor | None = None, low_precision: str | None = None, *, kept: bool = False
+) -> Gallery:
     features = gallery.detach().contiguous()
     norms = row_norms("gallery", features)
     codes = None
     if low_precision is not None and 0 < features.shape[1] < MOST_FEATURES:
         codes = encode(features, CODES[low_precision])
-    return Gallery(features, norms, keys, codes)
+    return Gallery(features, norms, keys, codes, kept)
 
 
 def check_searched(queries: Tensor, gallery: Tensor | Gallery) -> None:
@@ -262,7 +276,7 @@ def run_all(tasks: Sequence[Callable[[], Any]], threads: int, prepare: Callable[
 class Operands(NamedTuple):
     """What is multiplied: queries [Q, D] and gallery [G, D], float32 (the gallery also in its stored type), int8 or
     bfloat16; or queries in int16 or float16 and the gallery as it is stored with `inverse` [G] float32
-    (kernels/narrow.py). And the bounds of the products."""
+    (kernels/narrow.py). D: of the features, or of the leading directions. And the bounds of the products."""
 
     queries: Tensor
     gallery: Tensor

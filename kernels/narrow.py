@@ -14,76 +14,26 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kernels.bounds import MOST_FEATURES, gallery_bounds, narrow_codes, narrow_error, query_bounds
-from kernels.gallery import (
-    Gallery,
-    Operands,
-    backend,
-    call,
-    multiply,
-    multiply_encoded,
-    multiplying,
-    row_norms,
-    scratch_for,
-)
+from kernels.bounds import scales
+from kernels.gallery import call, multiply, multiply_encoded, multiplying, row_norms, scratch_for
 
 LEAST, DEVICE_LEAST = 128, 512  # queries at a time: with fewer, encoding the gallery takes what the products save
-SAMPLE = 32, 1024  # queries and rows
-CROWDED = 0.005  # of the rows; measured on a CPU: at 0.01 scoring them takes what the products save
 ROUNDS = 7
+ERROR = {torch.int16: 0.0, torch.float16: 2e-4}  # of a product, in parts of the greatest
 
 
 def narrow_type(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.int16
 
 
-def narrow_pays(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, rows: int) -> bool:
-    """Whether to multiply `rows` queries at a time in 16 bits in order to find the k best: many, on a processor that
-    does it faster, for inner product or cosine, where the gallery has no codes of its own and its scores lie apart."""
-    return (
-        rows >= (DEVICE_LEAST if queries.is_cuda else LEAST)
-        and len(gallery) >= 8 * SAMPLE[1]
-        and backend(queries) is not None
-        and metric != "l2"
-        and gallery.codes is None
-        and 0 < queries.shape[1] < MOST_FEATURES
-        and narrow_is_faster(queries.device)
-        and crowd(queries, norms, gallery, k, metric) <= CROWDED
-    )
-
-
-def crowd(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str) -> float:
-    """The part of a gallery's rows, 0 to 1, that rounding lets pass beside the k best of a query, in a sample of both.
-    queries [Q, D] float32, norms [Q] float64; metric "cosine" or "ip"."""
-    asked, rows = (
-        torch.arange(min(most, count), device=queries.device) * count // min(most, count)
-        for most, count in zip(SAMPLE, (len(queries), len(gallery)), strict=True)
-    )
-    n, m = norms[asked, None], gallery.norms[rows]
-    error = n * m * narrow_error(queries.shape[1], narrow_type(queries.device))
-    scores = (queries[asked] @ gallery.features[rows].float().T).double()
-    if metric == "cosine":
-        error, scores = (torch.where(n * m > 0, part / (n * m), 0) for part in (error, scores))
-    best = min(len(rows), -(-k * len(rows) // len(gallery)))
-    floors = (scores - error).topk(best, dim=1).values[:, -1:]
-    return float((~(scores + error < floors)).double().mean()) - best / len(rows)
-
-
-def narrow_operands(queries: Tensor, norms: Tensor, gallery: Gallery, metric: str) -> Operands:
-    """As `operands`, in 16 bits: queries [Q, D] float32 with norms [Q] float64; metric "cosine" or "ip"."""
-    D, kind = queries.shape[1], narrow_type(queries.device)
-    ours, theirs = narrow_codes(queries, norms, kind), narrow_codes(gallery.features, gallery.norms, kind)
-    return Operands(
-        encode_queries(queries, inverse(ours.scale), kind),
-        theirs.values,
-        query_bounds(norms, D, metric, ours),
-        gallery_bounds(gallery.norms, D, metric, theirs),
-        inverse(theirs.scale),
-    )
+def narrow_pays(device: torch.device, rows: int) -> bool:
+    """Whether to multiply `rows` queries at a time in 16 bits: many, on a processor that does it faster."""
+    return rows >= (DEVICE_LEAST if device.type == "cuda" else LEAST) and narrow_is_faster(device)
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale [n] float32, and 0 for 0."""
+    """1 / scale [n] float32, of scale [n] as float32 holds it; 0 for 0."""
+    scale = scale.float()
     return torch.where(scale > 0, 1 / scale, 0)
 
 
@@ -111,21 +61,20 @@ def narrow_is_faster(device: torch.device) -> bool:
 def _measured(device: torch.device, Q: int, G: int) -> bool:
     generator, kind = torch.Generator().manual_seed(0), narrow_type(device)
     rows = torch.randn(G, 512, generator=generator, dtype=torch.float32, device="cpu").to(device)
-    codes = narrow_codes(rows, row_norms("rows", rows), kind)
-    given = encode_queries(rows, inverse(codes.scale), kind)
-    queries, scratch = given[:Q], scratch_for(given, G, rows.shape[1])
+    inverses = inverse(scales(row_norms("rows", rows), kind))
+    codes = encode_queries(rows, inverses, kind)
+    queries, scratch = codes[:Q], scratch_for(codes, G, rows.shape[1])
     floats = torch.zeros(Q, G, dtype=torch.float32, device=device)
     narrow = torch.zeros_like(floats, dtype=torch.int32 if kind == torch.int16 else torch.float32)
     took = []
     for _ in range(ROUNDS):
         began = _now(device)
-        multiply_encoded(queries, rows, inverse(codes.scale), narrow, scratch)
+        multiply_encoded(queries, rows, inverses, narrow, scratch)
         middle = _now(device)
         multiply(rows[:Q], rows, floats)
         took.append((middle - began, _now(device) - middle))
-    values = given.double()
-    errors, norms = (narrow.double() - values[:Q] @ values.T).abs(), values.norm(dim=1)
-    if not bool((errors <= codes.slack * norms[:Q, None] * norms).all()):
+    exact = codes[:Q].double() @ codes.double().T
+    if not torch.allclose(narrow.double(), exact, rtol=0, atol=ERROR[kind] * float(exact.max())):
         return False  # a processor on which this was never tried
     return min(own for own, _ in took) < min(other for _, other in took)
 

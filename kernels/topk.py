@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import _check
+from kernels.candidates import plan, planned
 from kernels.gallery import (
     METRICS,
     Gallery,
@@ -30,7 +31,6 @@ from kernels.gallery import (
     sweep,
     together,
 )
-from kernels.narrow import narrow_operands, narrow_pays
 from kernels.streaming import best, parts
 
 ROOM, DEVICE_ROOM = 256, 4096  # candidates beyond k that a list holds; csrc/topk_block.h asks for 2048 on a GPU
@@ -121,8 +121,11 @@ def _search(
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
     with multiplying(device) as threads:
         parts, split = parts_of(Q, len(gallery), threads), split_of(Q, device)
-        narrow = narrow_pays(queries, norms, gallery, k, metric, strip_rows(Q, threads, parts, device))
-        given = (narrow_operands if narrow else operands)(queries, norms, gallery, metric)
+        chosen = plan(queries, norms, gallery, k, metric, strip_rows(Q, threads, parts, device))
+        if chosen is None:
+            given = operands(queries, norms, gallery, metric)
+        else:
+            given = planned(chosen, queries, norms, gallery, metric)
         search = module.TopK(pairs, bounds_of(given), excluded, k)
         entries = torch.empty(parts * split, Q, capacity, 3, dtype=torch.int32, device=device)
         counts = torch.zeros(parts * split, Q, dtype=torch.int32, device=device)

@@ -1,5 +1,5 @@
-"""Products in 16 bits: int16's exact for every instruction set; used where they pay. That a search by them equals one
-in float32: tests/test_topk.py."""
+"""Products in 16 bits: int16's exact for every instruction set; used where they are faster. That a search by them
+equals one in float32: tests/test_topk.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 from test_topk import LEVELS, NARROW, features, level, multiply_in  # noqa: F401
 
-import kernels
 from kernels import narrow
 from kernels._library import extension
-from kernels.bounds import narrow_codes
+from kernels.bounds import product_error, scales
 from kernels.gallery import multiply_encoded, row_norms, scratch_for
 
 search = importlib.import_module("kernels.topk")
@@ -46,80 +45,19 @@ def test_products_are_exact(Q, G, D, dtype, which, level):  # noqa: F811
     assert (products[Q] == -7).all()
 
 
-def test_they_serve_many_queries_where_they_are_faster(monkeypatch):
-    many = narrow.LEAST
-    queries, rows = features(2 * many, 9000, 8)
-    gallery, coded = kernels.prepare_gallery(rows), kernels.prepare_gallery(rows, low_precision="int8")
-
-    def pay(queries=queries, gallery=gallery, metric="ip", count=many, k=3) -> bool:
-        return narrow.narrow_pays(queries, queries.double().norm(dim=1), gallery, k, metric, count)
-
-    monkeypatch.setattr(narrow, "narrow_is_faster", lambda device: False)
-    assert not pay()
-    monkeypatch.setattr(narrow, "narrow_is_faster", lambda device: True)
-    assert pay()
-    assert pay(metric="cosine")
-    assert not pay(metric="l2")
-    assert not pay(count=many - 1)
-    assert not pay(gallery=coded)
-    assert not pay(gallery=kernels.prepare_gallery(rows[:8000]))
-    assert not pay(queries=queries + 100, gallery=kernels.prepare_gallery(rows + 100), metric="cosine")
-    flat = torch.ones(1, 1 << 16)
-    with monkeypatch.context() as patch:
-        patch.setattr(narrow, "crowd", lambda *given: 0)
-        assert not pay(flat.expand(many, -1), kernels.Gallery(flat.expand(9000, -1), torch.ones(9000), None, None))
-
-    counts, encoded = [], search.narrow_operands
-    monkeypatch.setattr(search, "narrow_operands", lambda *given: counts.append(len(given[0])) or encoded(*given))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for count in (many - 1, 2 * many - 2, 2 * many):  # a thread has all of them and a part of the gallery, or half
-            kernels.topk(queries[:count], gallery, 3)
-        monkeypatch.setattr(search, "parts_of", lambda *given: 1)
-        kernels.topk(queries[: 2 * many - 2], gallery, 3)  # less for each thread
-    finally:
-        torch.set_num_threads(before)
-    assert counts == [2 * many - 2, 2 * many]
-
-
-@pytest.mark.parametrize("kind", NARROW)
-def test_a_crowd_is_counted(kind, monkeypatch):
-    """What `crowd` says of a sample that is all there is, beside the intervals of every pair."""
-    multiply_in(kind, monkeypatch)
-    queries, rows = features(20, 700, 64)
-    rows += 6
-    queries += 6
-    queries[0], rows[0] = 0, 0
-    for metric in ("cosine", "ip"):
-        gallery, norms = kernels.prepare_gallery(rows), row_norms("queries", queries)
-        given = narrow.narrow_operands(queries, norms, gallery, metric)
-        s, c, x, y, h = given.query_bounds.double().T[:, :, None]
-        a, b, e, f = (part.double() for part in given.gallery_bounds)
-        codes = rows * given.inverse[:, None]
-        codes = codes.round() if kind == "int16" else codes.half()
-        keys = s * a * (given.queries.double() @ codes.double().T) + b + c
-        errors = x * e + y * f + h
-        for k in (1, 30, 700):
-            floors = (keys - errors).topk(k, dim=1).values[:, -1:]
-            passed = float((keys + errors >= floors).double().mean()) - k / 700
-            found = narrow.crowd(queries, norms, gallery, k, metric)
-            assert found == pytest.approx(passed, rel=0.1, abs=2e-3)
-            assert k == 700 or found > 0.04
-
-
 @pytest.mark.parametrize("dtype", NARROW.values())
 def test_the_codes_of_what_is_wild_are_none(dtype):
     norms = torch.tensor([0, 1e-30, 1, 1e30], dtype=torch.float64)
-    assert (narrow_codes(torch.ones(4, 1), norms, dtype).scale > 0).tolist() == [False, False, True, False]
+    assert (scales(norms, dtype) > 0).tolist() == [False, False, True, False]
+    assert (narrow.inverse(scales(norms, dtype)) > 0).tolist() == [False, False, True, False]
 
 
 def test_float16_codes_use_its_range_and_divide_exactly():
     norms = torch.tensor([1e-12, 0.3, 1, 1.9999999, 2, 3e17, 1e18], dtype=torch.float64)
-    codes = narrow_codes(torch.ones(7, 1), norms, torch.float16)
-    assert (torch.frexp(codes.scale)[0] == 0.5).all()
-    assert ((norms / codes.scale >= 2**14) & (norms / codes.scale < 2**15)).all()
-    assert (narrow.inverse(codes.scale) * codes.scale == 1).all()
+    scale = scales(norms, torch.float16)
+    assert (torch.frexp(scale)[0] == 0.5).all()
+    assert ((norms / scale >= 2**14) & (norms / scale < 2**15)).all()
+    assert (narrow.inverse(scale) * scale == 1).all()
 
 
 def test_small_numbers_beside_great_ones_in_float16():
@@ -127,28 +65,22 @@ def test_small_numbers_beside_great_ones_in_float16():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 700, generator=generator) * 2.0 ** -torch.randint(0, 60, (50, 700), generator=generator)
     norms = row_norms("rows", rows)
-    codes = narrow_codes(rows, norms, torch.float16)
-    given = narrow.encode_queries(rows, narrow.inverse(codes.scale), torch.float16).double() * codes.scale[:, None]
-    lost = (given - rows.double()).norm(dim=1)
-    assert (lost <= codes.residual).all()
-    assert (given.norm(dim=1) <= codes.norm).all()
-    assert (lost > 0.1 * codes.residual).any()
+    scale = scales(norms, torch.float16)
+    codes = narrow.encode_queries(rows, narrow.inverse(scale), torch.float16).double() * scale[:, None]
+    lost = (codes - rows.double()).norm(dim=1) / norms
+    assert (lost <= product_error(700, torch.float16) / 2).all()
+    assert (lost > 0.1 * product_error(700, torch.float16) / 2).any()
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_the_default_type_does_not_matter(default):
-    queries, rows = features(300, 9000, 16)
-    gallery = kernels.prepare_gallery(rows)
-    expected = kernels.topk(queries, gallery, 5)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        assert narrow.narrow_is_faster.__wrapped__(torch.device("cpu")) in (False, True)
-        found = kernels.topk(queries, gallery, 5)
-        assert narrow.crowd(queries, row_norms("queries", queries), gallery, 5, "ip") < 0.01
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+def test_many_queries_are_multiplied_where_it_is_faster(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for faster in (True, False):
+        monkeypatch.setattr(narrow, "narrow_is_faster", lambda device, faster=faster: faster)
+        for device, least in ((cpu, narrow.LEAST), (gpu, narrow.DEVICE_LEAST)):
+            assert not narrow.narrow_pays(device, least - 1)
+            assert narrow.narrow_pays(device, least) == faster
+    assert narrow.narrow_type(cpu) == torch.int16
+    assert narrow.narrow_type(gpu) == torch.float16
 
 
 @pytest.mark.parametrize("kind", NARROW)

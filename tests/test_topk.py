@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
+from kernels import candidates, leading, narrow
 from kernels import gallery as module
-from kernels import narrow
 from kernels._library import extension
 
 search = importlib.import_module("kernels.topk")  # the package's attribute is the function
@@ -86,21 +86,29 @@ def emulated(monkeypatch):
 
 
 NARROW = {"int16": torch.int16, "float16": torch.float16}
+PLANS = [*NARROW, "leading", "leading int16", "leading float16"]
 
 
 def multiply_in(kind: str | None, patch: pytest.MonkeyPatch) -> None:
-    """Searches multiply in "int16" or "float16", whatever is faster, however few the queries and near the scores are;
-    otherwise as they are asked to."""
+    """Searches multiply by one of PLANS, whatever is faster, however few the queries and near the scores are; otherwise
+    as they are asked to."""
+    words = (kind or "").split()
+    dtype = NARROW.get(words[-1] if words else "", torch.float32)
 
-    def pays(queries, norms, gallery, k, metric, rows) -> bool:
-        return kind in NARROW and metric != "l2" and gallery.codes is None and queries.shape[1] > 0
+    def plan(queries, norms, gallery, k, metric, rows):
+        if kind not in PLANS or metric == "l2" or gallery.codes is not None or 0 in gallery.shape:
+            return None
+        if "leading" in words and gallery.leading is None:
+            directions = leading.directions_of(gallery.features)
+            gallery.leading = leading.leading_of(gallery.features, gallery.norms, directions)
+        return candidates.Plan(dtype, gallery.leading if "leading" in words else None)
 
-    patch.setattr(search, "narrow_pays", pays)
-    if kind in NARROW:
-        patch.setattr(narrow, "narrow_type", lambda device: NARROW[kind])
+    patch.setattr(search, "plan", plan)
+    if dtype != torch.float32:
+        patch.setattr(narrow, "narrow_type", lambda device: dtype)
 
 
-@pytest.fixture(params=["float32", "int16", "float16"])
+@pytest.fixture(params=["float32", "int16", "float16", "leading", "leading int16"])
 def multiplied(request, monkeypatch):
     """How a search multiplies."""
     multiply_in(request.param, monkeypatch)
@@ -118,6 +126,9 @@ def features(Q, G, D, kind="normal", seed=0):
         gallery = gallery[torch.randint(0, min(7, G), (G,), generator=generator)]
     if kind == "sorted":
         gallery = gallery[(gallery @ queries[0]).argsort()]
+    if kind == "led":  # three quarters of the features hardly matter
+        falling = 0.1 ** torch.arange(D).float().clamp(max=30)
+        queries, gallery = queries * falling, gallery * falling
     if kind == "equal":
         gallery = gallery[:1].expand(G, D).contiguous()
     if kind == "wild":  # norms from 1e-30 to 1e30, and zero
@@ -127,7 +138,7 @@ def features(Q, G, D, kind="normal", seed=0):
     return queries, gallery
 
 
-KINDS = ["normal", "whole", "near", "repeated", "sorted", "equal", "wild"]
+KINDS = ["normal", "whole", "near", "repeated", "sorted", "led", "equal", "wild"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -350,7 +361,7 @@ def test_more_queries_than_are_held_at_a_time(monkeypatch):
     metric=st.sampled_from(METRICS),
     kind=st.sampled_from(KINDS),
     keyed=st.booleans(),
-    codes=st.sampled_from([None, "int8", "bfloat16", *NARROW]),
+    codes=st.sampled_from([None, "int8", "bfloat16", *PLANS]),
 )
 @settings(max_examples=200, deadline=None)
 def test_anything_equals_a_sort(seed, Q, G, D, k, metric, kind, keyed, codes):
@@ -359,7 +370,7 @@ def test_anything_equals_a_sort(seed, Q, G, D, k, metric, kind, keyed, codes):
     if keyed:
         generator = torch.Generator().manual_seed(seed)
         keys = tuple(torch.randint(0, 3, (n, 2), generator=generator) for n in (Q, G))
-    stored = codes if codes not in NARROW else None
+    stored = codes if codes not in PLANS else None
     prepared = kernels.prepare_gallery(gallery, keys=keys[1] if keyed else None, low_precision=stored)
     with pytest.MonkeyPatch.context() as patch:
         multiply_in(codes, patch)
@@ -368,7 +379,7 @@ def test_anything_equals_a_sort(seed, Q, G, D, k, metric, kind, keyed, codes):
 
 
 @pytest.mark.parametrize("D", [1, 31, 768])
-@pytest.mark.parametrize("codes", [None, "int8", "bfloat16", *NARROW])
+@pytest.mark.parametrize("codes", [None, "int8", "bfloat16", *PLANS])
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D, monkeypatch):
     """kernels/bounds.py: |s a P + b + c - score| <= x e + y f + h, for products summed in several orders."""
@@ -376,26 +387,38 @@ def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D, monkeypa
     queries, rows = torch.randn(40, D, generator=generator), torch.randn(60, D, generator=generator)
     queries *= 10 ** (2 * torch.randn(40, 1, generator=generator))
     rows *= 10 ** (2 * torch.randn(60, 1, generator=generator))
-    if codes in NARROW and metric == "l2":
+    if codes in PLANS and metric == "l2":
         pytest.skip("float32")
     multiply_in(codes, monkeypatch)
+    short = codes is not None and codes.split()[-1] in NARROW
     rows[:20, 1:], queries[:10, 1:] = 0, 0  # one great feature: a great code
     if D > 1:  # all that int16 leaves out, of both, points the same way: codes end in .49
         code = 32767 // (D - 1) ** 0.5 - 1 + 0.49
         queries[10] = rows[20] = torch.tensor([((32767 / code) ** 2 - (D - 1)) ** 0.5] + [1.0] * (D - 1))
         queries[11] = rows[21] = torch.full((D,), 1 + 0.999 * 2.0**-11)  # and of float16
-    prepared = kernels.prepare_gallery(rows, low_precision=codes if codes not in NARROW else None)
+    prepared = kernels.prepare_gallery(rows, low_precision=codes if codes not in PLANS else None)
     norms = module.row_norms("queries", queries)
-    given = (narrow.narrow_operands if codes in NARROW else module.operands)(queries, norms, prepared, metric)
+    chosen = search.plan(queries, norms, prepared, 1, metric, 1)
+    if chosen is not None and chosen.along is not None and D > 1:  # all that is left out, of both, points the same way
+        left = rows[22] - (rows[22].double() @ chosen.along.directions.T @ chosen.along.directions).float()
+        queries[12] = rows[22] = left
+        prepared, norms = kernels.prepare_gallery(rows), module.row_norms("queries", queries)
+        prepared.leading = leading.leading_of(prepared.features, prepared.norms, chosen.along.directions)
+        chosen = search.plan(queries, norms, prepared, 1, metric, 1)
+    if chosen is None:
+        given = module.operands(queries, norms, prepared, metric)
+    else:
+        given = candidates.planned(chosen, queries, norms, prepared, metric)
     s, c, x, y, h = given.query_bounds.double().T[:, :, None]
     a, b, e, f = (part.double() for part in given.gallery_bounds)
     exact = torch.from_numpy(every_score(queries, rows, metric)).double()
     left, right = given.queries.float(), given.gallery.float()
-    orders = [torch.arange(D), torch.arange(D).flip(0), torch.randperm(D, generator=generator)]
-    if given.inverse is not None:
+    L = right.shape[1]
+    orders = [torch.arange(L), torch.arange(L).flip(0), torch.randperm(L, generator=generator)]
+    if short:
         right = right * given.inverse[:, None]
-        right = right.round().double() if codes == "int16" else right.half().float()
-        left, orders = left.to(right.dtype), orders[: 1 if codes == "int16" else 3]
+        right = right.round().double() if "int16" in codes else right.half().float()
+        left, orders = left.to(right.dtype), orders[: 1 if "int16" in codes else 3]
     for order in orders:
         products = torch.zeros(40, 60, dtype=left.dtype)
         for i in order.tolist():
@@ -405,7 +428,7 @@ def test_the_promised_interval_holds_and_is_not_empty(metric, codes, D, monkeypa
         assert (error <= bound).all()
         if D > 1 and codes != "bfloat16":  # whose slack is for other hardware
             assert (error / bound).max() > 0.002
-        if D > 1 and codes in NARROW:
+        if D > 1 and codes in PLANS:
             assert (error / bound).max() > 0.6
 
 
@@ -470,7 +493,7 @@ def test_the_gpu_returns_the_same_bits(metric, kind, Q, ks, monkeypatch):
             expected = kernels.topk(queries, rows, k, metric=metric, query_keys=keys[0], gallery_keys=keys[1])
             for codes in (None, "bfloat16"):
                 prepared = kernels.prepare_gallery(rows.cuda(), keys=keys[1].cuda(), low_precision=codes)
-                for narrow_too in (False, True):
-                    multiply_in("float16" if narrow_too else None, monkeypatch)
+                for how in (None, "float16", "leading float16"):
+                    multiply_in(how, monkeypatch)
                     found = kernels.topk(queries.cuda(), prepared, k, metric=metric, query_keys=keys[0].cuda())
                     assert same([part.cpu() for part in found], expected)
