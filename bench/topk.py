@@ -3,12 +3,13 @@
     python bench/topk.py                                  Market-1501's and MSMT17's size, and few queries on 500,000
     python bench/topk.py --cases market1501 --k 1 10 100 1000
     python bench/topk.py --cases few --gallery 5000000 --rounds 3 --json bench/results/topk-h100.json --plot topk.png
+    python bench/topk.py --features runs/evaluate-TIME/features.npz      a model's: recipes/evaluate.py --save-features
 
 Rivals: `matmul` is the bare product of all queries with the gallery into a buffer that is there already;
 `matmul + topk` is what is written most often (queries in blocks where the product would not fit); `faiss` is
 IndexFlatIP (faiss-cpu, or faiss's GPU index where it is installed). Each must first find what ours finds, but for ties
-within float32's error; otherwise exit code 1 and no figures. Unit features that gather about identities, as a trained
-model's.
+within float32's error; otherwise exit code 1 and no figures. The cases have unit features that gather about identities
+and spread alike in all directions, which a trained model's do not: those of --features let ours do with fewer.
 `ours, prepared` searches what `kernels.prepare_gallery` made once; `ours` is given the plain tensor each time.
 """
 
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 if not __package__:  # run as a script: the checkout's root is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +63,21 @@ def features_of(queries: int, gallery: int, D: int, device: torch.device) -> tup
             features[start : start + len(part)] = F.normalize(centres[part] + noise, dim=1)
         found.append(features)
     return found[0], found[1]
+
+
+def stored(file: Path, device: torch.device) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, queries and gallery, of unit length, of each data set of pictures in a features.npz."""
+    found = []
+    with np.load(file) as arrays:
+        for name in arrays.files:
+            place = name.removesuffix("/features")
+            ranked = sorted(key for key in arrays.files if key.startswith(place) and key.endswith("/0/query"))
+            if place == name or not ranked or f"{place}/text_features" in arrays.files:
+                continue
+            rows = F.normalize(torch.from_numpy(arrays[name][0]), dim=1)
+            queries, gallery = (arrays[ranked[0].replace("query", part)] for part in ("query", "gallery"))
+            found.append((place, rows[queries].to(device), rows[gallery].to(device)))
+    return found
 
 
 def ours(case: Case) -> Callable[[], Any]:
@@ -157,15 +174,24 @@ def run(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["market1501", "msmt17", "few"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: market1501 msmt17 few")
+    parser.add_argument(
+        "--features", type=Path, help="a features.npz to search, instead of the cases or beside those named"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[100])
     parser.add_argument("--queries", type=int, help="instead of the cases' own number")
     parser.add_argument("--gallery", type=int, help="instead of the cases' own number")
     args, device = measure.arguments(parser, "7")
-    rows = []
-    for name in args.cases:
+    cases: list[Callable[[], tuple[str, Tensor, Tensor]]] = []
+    for name in args.cases or ([] if args.features else ["market1501", "msmt17", "few"]):
         Q, G, D = CASES[name]
-        queries, gallery = features_of(args.queries or Q, args.gallery or G, D, device)
+        size = args.queries or Q, args.gallery or G, D
+        cases.append(lambda name=name, size=size: (name, *features_of(*size, device)))  # type: ignore[misc]
+    if args.features:
+        cases += [lambda each=each: each for each in stored(args.features, device)]  # type: ignore[misc]
+    rows = []
+    for make in cases:
+        name, queries, gallery = make()
         for k in args.k:
             rows += run(Case(name, queries, gallery, k), device, args.rounds or (30 if device.type == "cuda" else 7))
     result = {"benchmark": "topk", **measure.facts(device), "rows": rows}

@@ -18,7 +18,7 @@ from kernels.gallery import Gallery, Operands, backend
 from kernels.leading import Leading, directions_of, leading_of
 from kernels.narrow import encode_queries, inverse, narrow_pays, narrow_type
 
-SAMPLE = 32, 2048  # queries and rows
+SAMPLE = 16, 2048  # queries and rows: of so many pairs torch does not divide the work among threads
 LEAST_WORK = {"cpu": 1 << 28, "cuda": 1 << 35}  # multiplications of a search, below which a sample takes too much of it
 FEW = 8  # queries that take as long as one: a gallery must be read
 SHARES = 16, 12, 8, 6, leading.SHARE  # of the features, that are tried as leading ones

@@ -32,6 +32,7 @@ def mini(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in ("seed", "train_ids", "test_ids", "images_per_id")}
     started = time.perf_counter()
     progress = _Progress()
+    given["datasets"] = args.dataset.split(",") if args.dataset else None
     write_mini(args.output, **{name: value for name, value in given.items() if value is not None}, progress=progress)
     state = f"{progress.total:,} pictures in {time.perf_counter() - started:.1f} s" if progress.total else "was there"
     print(f"mini data in {args.output}: {state}")
@@ -88,6 +89,7 @@ def parser() -> options.Parser:
     add("--train-ids", type=int, metavar="N", help="people who train, per data set (default: 100)")
     add("--test-ids", type=int, metavar="N", help="people who are tested, per data set (default: 32)")
     add("--images-per-id", type=int, metavar="N", help="pictures of each person, about (default: 12)")
+    add("--dataset", metavar="A,B", help="draw only these data sets (default: all ten)")
     add("--sheet", type=Path, metavar="FILE", help="also write a labelled overview picture, jpg or png (default: none)")
 
     for command, text in (

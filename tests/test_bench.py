@@ -190,6 +190,22 @@ def test_search_benchmark(tmp_path):
     assert all(row["seconds"] > 0 and row["gallery"] == 3000 for row in rows)
 
 
+def test_search_benchmark_of_stored_features(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(1, 40, 6)).astype(np.float32)
+    query, gallery = np.arange(5), np.arange(9, 40)
+    places = {"query": query, "gallery": gallery}
+    np.savez(
+        tmp_path / "features.npz",
+        **{"trad/one/features": rows, "t2i/two/features": rows, "t2i/two/text_features": rows[0]},
+        **{f"{name}/0/{part}": order for name in ("trad/one", "t2i/two") for part, order in places.items()},
+    )
+    ((name, queries, others),) = topk_benchmark.stored(tmp_path / "features.npz", torch.device("cpu"))
+    assert name == "trad/one"
+    length = np.linalg.norm(rows[0], axis=1, keepdims=True)
+    np.testing.assert_allclose(queries.numpy(), (rows[0] / length)[query], atol=1e-6)
+    np.testing.assert_allclose(others.numpy(), (rows[0] / length)[gallery], atol=1e-6)
+
+
 def test_search_benchmark_notices_other_rows():
     queries, gallery = topk_benchmark.features_of(4, 200, 32, torch.device("cpu"))
     case = topk_benchmark.Case("small", queries, gallery, 9)

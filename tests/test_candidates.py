@@ -164,9 +164,9 @@ def test_a_search_asks_for_its_strips(monkeypatch, rows):
 def test_a_crowd_is_counted(kind, monkeypatch):
     """What `crowd` says of a sample that is all there is, beside the intervals of every pair."""
     multiply_in(kind, monkeypatch)
-    queries, rows = led(20, 2), led(700)
+    queries, rows = led(16, 2), led(700)
     if kind in ("int16", "float16"):
-        queries, rows = (part + 3 for part in features(20, 700, D))
+        queries, rows = (part + 3 for part in features(16, 700, D))
     queries[0], rows[0] = 0, 0
     for metric in ("cosine", "ip"):
         gallery, norms = kernels.prepare_gallery(rows), row_norms("queries", queries)
@@ -188,6 +188,19 @@ def test_a_crowd_is_counted(kind, monkeypatch):
             found = trial.crowd(k, chosen.dtype, chosen.along)
             assert found == pytest.approx(passed, rel=0.1, abs=2e-3)
             assert k == 700 or found > 0.004
+
+
+def test_bounds_are_kept_for_each_plan(rows):
+    gallery, queries = kernels.prepare_gallery(rows), led(3, 2)
+    norms, directions = row_norms("queries", queries), leading.directions_of(rows)
+    found = []
+    for count in (0, 5, 9):
+        along = leading.leading_of(rows, gallery.norms, directions[:count]) if count else None
+        plan = candidates.Plan(torch.int16, along)
+        first, again = (candidates.planned(plan, queries, norms, gallery, "ip").gallery_bounds for _ in range(2))
+        assert first is again
+        found.append(first[3].sum())
+    assert found[1] > found[2] > found[0] == 0
 
 
 def test_directions_lead(rows):
