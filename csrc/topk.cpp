@@ -1,6 +1,7 @@
 #include "topk.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -10,12 +11,36 @@ namespace {
 
 constexpr int64_t CACHED = 1 << 20;  // bytes of gallery rows that are scored for all queries before the next ones
 
-// The k-th greatest low of a list of n >= k.
-ALWAYS_INLINE float kth_low(const Candidate* list, int64_t n, int64_t k, std::vector<float>& scratch) {
+// A number that k of a list's n >= k lows are not below, and no more than k or equal ones are: by bisection of their bits,
+// ordered as the numbers are, for counting is vectorised and selecting is not.
+ALWAYS_INLINE float kth_low(const Candidate* list, int64_t n, int64_t k, std::vector<int32_t>& scratch) {
+  const auto turned = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
   scratch.resize(n);
-  for (int64_t i = 0; i < n; ++i) scratch[i] = list[i].low;
-  std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), std::greater<float>());
-  return scratch[k - 1];
+  int32_t* keys = scratch.data();
+  int32_t least = INT32_MAX, most = INT32_MIN;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, &list[i].low, sizeof bits);
+    keys[i] = turned(bits);
+    least = std::min(least, keys[i]);
+    most = std::max(most, keys[i]);
+  }
+  int64_t low = least, beyond = static_cast<int64_t>(most) + 1;
+  while (beyond - low > 1) {
+    const auto middle = static_cast<int32_t>(low + (beyond - low) / 2);
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= middle;
+    if (count < k) {
+      beyond = middle;
+      continue;
+    }
+    low = middle;
+    if (count == k) break;
+  }
+  const int32_t bits = turned(static_cast<int32_t>(low));
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // Whoever cannot be among the k best leaves; the order stays.
@@ -32,7 +57,7 @@ ALWAYS_INLINE int64_t drop_below(Candidate* list, int64_t n, float floor) {
 // exactly k stay.
 template <int N>
 ALWAYS_INLINE int64_t compact(const TopK& search, int64_t q, Candidate* list, int64_t n, int64_t capacity, float& floor,
-                              std::vector<float>& scratch) {
+                              std::vector<int32_t>& scratch) {
   const int64_t k = search.k;
   floor = std::max(floor, kth_low(list, n, k, scratch));
   n = drop_below(list, n, floor);
@@ -50,7 +75,7 @@ template <int N, class T>
 ALWAYS_INLINE void tile_of(const TopK& search, const Tile& tile, const Candidates& candidates) {
   const Bounds& bounds = search.bounds;
   const int64_t width = tile.g1 - tile.g0;
-  std::vector<float> scratch;
+  std::vector<int32_t> scratch;
   for (int64_t q = tile.q0; q < tile.q1; ++q) {
     const T* products = static_cast<const T*>(tile.products) + (q - tile.q0) * width;
     const QueryBound own = bounds.of_query[q];
@@ -85,7 +110,7 @@ ALWAYS_INLINE void topk_finish_cpu_body(const TopK& search, const Candidates* pa
                                         int64_t q1, float* values, int64_t* rows) {
   const int64_t k = search.k;
   std::vector<Candidate> all;
-  std::vector<float> scratch;
+  std::vector<int32_t> scratch;
   for (int64_t q = q0; q < q1; ++q) {  // what no part alone could drop
     all.clear();
     for (int64_t p = 0; p < count; ++p) {

@@ -7,6 +7,8 @@ let pass, which are then scored: a sample of queries and rows tells before each 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import NamedTuple
 
 import torch
@@ -15,11 +17,11 @@ from torch import Tensor
 from kernels import leading
 from kernels.bounds import MOST_FEATURES, Short, U, gallery_bounds, left_out, product_error, query_bounds, scales
 from kernels.gallery import Gallery, Operands, backend
-from kernels.leading import Leading, directions_of, leading_of
+from kernels.leading import Leading, directions_of, leading_of, sample_of
 from kernels.narrow import encode_queries, inverse, narrow_pays, narrow_type
 
 SAMPLE = 16, 2048  # queries and rows: of so many pairs torch does not divide the work among threads
-LEAST_WORK = {"cpu": 1 << 28, "cuda": 1 << 35}  # multiplications of a search, below which a sample takes too much of it
+LEAST_WORK = {"cpu": 1 << 29, "cuda": 1 << 35}  # multiplications of a search, below which a sample takes too much of it
 FEW = 8  # queries that take as long as one: a gallery must be read
 SHARES = 16, 12, 8, 6, leading.SHARE  # of the features, that are tried as leading ones
 USUAL = 100  # the k best for which directions are chosen, at least
@@ -29,7 +31,11 @@ TAKES = {torch.float32: 1.0, torch.int16: 0.65, torch.float16: 0.15}
 SCORE = 70.0  # scoring all rows
 ITERATE = {"cpu": 4.0, "cuda": 2000.0}  # finding directions, in D³ multiplications: a GPU multiplies in less time
 GAIN = 0.8  # the part of its time that a search along directions must be expected to take, at most
-ONCE = 3  # how often a gallery that was not prepared must have paid for them
+PATIENCE = 3  # how often queries must have paid for looking for directions, which may be in vain
+ONCE = 2  # how often more where a gallery was not prepared
+AGAIN = 8  # so many times the queries until they are looked for again
+
+_looking = threading.Lock()
 
 
 class Plan(NamedTuple):
@@ -49,7 +55,7 @@ def plan(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, 
     if counted * G * D < LEAST_WORK[device.type] or len(gallery) < 4 * SAMPLE[1]:
         return None
     gallery.searched += counted
-    look = gallery.leading is None and gallery.searched >= max(gallery.due, price_of_directions(gallery))
+    look = _due(gallery)
     dtype = narrow_type(device) if narrow_pays(device, rows) else torch.float32
     if dtype == torch.float32 and not look and gallery.leading is None:
         return None
@@ -57,12 +63,17 @@ def plan(queries: Tensor, norms: Tensor, gallery: Gallery, k: int, metric: str, 
     takes = trial.takes(k, dtype)
     if takes > 1:
         takes, dtype = 1.0, torch.float32
-    if look:
-        _look(trial, max(k, USUAL), dtype)
+    with _looking if look else contextlib.nullcontext():
+        if look and _due(gallery):
+            _look(trial, max(k, USUAL), dtype)
     known = gallery.leading
     if known is not None and trial.takes(k, dtype, trial.of(known)) > GAIN * takes:
         known = None
     return None if dtype == torch.float32 and known is None else Plan(dtype, known)
+
+
+def _due(gallery: Gallery) -> bool:
+    return gallery.leading is None and gallery.searched >= max(gallery.due, price_of_directions(gallery))
 
 
 def price_of_directions(gallery: Gallery) -> float:
@@ -70,13 +81,13 @@ def price_of_directions(gallery: Gallery) -> float:
     G, D = gallery.shape
     sample = max(leading.SAMPLE, 2 * D)
     price = D * (2 * sample + ITERATE[gallery.features.device.type] * D) / G + 2 * D / SHARES[0]
-    return price if gallery.kept else ONCE * price
+    return PATIENCE * (price if gallery.kept else ONCE * price)
 
 
 def _look(trial: Trial, k: int, dtype: torch.dtype) -> None:
     """Gives the gallery its leading directions where they pay, and else says after how many queries to look again."""
     gallery = trial.gallery
-    gallery.due = 2 * gallery.searched
+    gallery.due = AGAIN * gallery.searched
     directions = None if trial.flat() else directions_of(gallery.features)
     if directions is None:
         return
@@ -109,7 +120,7 @@ class Trial:
     def __init__(self, queries: Tensor, norms: Tensor, gallery: Gallery, metric: str):
         self.gallery, self.metric = gallery, metric
         asked, self.picked = (
-            torch.arange(min(most, count), device=queries.device) * count // min(most, count)
+            sample_of(count, most, queries.device)
             for most, count in zip(SAMPLE, (len(queries), len(gallery)), strict=True)
         )
         self.queries, self.rows = queries[asked], gallery.features[self.picked].float()
@@ -150,20 +161,18 @@ def planned(chosen: Plan, queries: Tensor, norms: Tensor, gallery: Gallery, metr
     """As `operands`, by a plan: queries [Q, D] float32 with norms [Q] float64; metric "cosine" or "ip"."""
     dtype, along, D = chosen.dtype, chosen.along, queries.shape[1]
     if along is None:
-        own, rows, count, error = queries, gallery.features, D, product_error(D, dtype)
-        left, left_theirs = torch.zeros_like(norms), torch.zeros_like(gallery.norms)
+        own, rows, error = queries, gallery.features, product_error(D, dtype)
+        left, left_theirs, kept = torch.zeros_like(norms), torch.zeros_like(gallery.norms), gallery.made
     else:
-        own, left = leading_of(queries, norms, along.directions)[1:]
-        rows, count, left_theirs = along.rows, len(along.directions), along.left
-        error = product_error(count, dtype) + 4 * U
-
-    def theirs() -> tuple[tuple[Tensor, ...], Tensor]:
-        short = Short(scales(gallery.norms, dtype), left_theirs, error)
-        return gallery_bounds(gallery.norms, D, metric, short), inverse(short.scale)
-
-    ours = Short(scales(norms, dtype), left, error)
-    bounds, factors = gallery.once((metric, dtype, count), theirs)
+        ours = leading_of(queries, norms, along.directions)
+        own, rows, error = ours.rows, along.rows, product_error(len(along.directions), dtype) + 4 * U
+        left, left_theirs, kept = ours.left, along.left, along.bounds
+    if (metric, dtype) not in kept:
+        theirs = Short(scales(gallery.norms, dtype), left_theirs, error)
+        kept[metric, dtype] = gallery_bounds(gallery.norms, D, metric, theirs), inverse(theirs.scale)
+    bounds, factors = kept[metric, dtype]
+    short = Short(scales(norms, dtype), left, error)
     if dtype == torch.float32:
-        return Operands(own, rows, query_bounds(norms, D, metric, ours), bounds)
-    codes = encode_queries(own, inverse(ours.scale), dtype)
-    return Operands(codes, rows, query_bounds(norms, D, metric, ours), bounds, factors)
+        return Operands(own, rows, query_bounds(norms, D, metric, short), bounds)
+    codes = encode_queries(own, inverse(short.scale), dtype)
+    return Operands(codes, rows, query_bounds(norms, D, metric, short), bounds, factors)

@@ -47,7 +47,7 @@ class Gallery:
         self.features, self.norms, self.keys, self.codes, self.kept = features, norms, keys, codes, kept
         self.leading: Leading | None = None
         self.searched, self.due = 0, 0.0
-        self._made: dict[Any, Any] = {}
+        self.made: dict[Any, Any] = {}  # bounds, by metric and what is multiplied
 
     def __len__(self) -> int:
         return len(self.features)
@@ -56,16 +56,11 @@ class Gallery:
     def shape(self) -> torch.Size:
         return self.features.shape
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What make() returns, made once for this key."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
     def bounds(self, metric: str, coded: bool) -> tuple[Tensor, ...]:
         """a, b, e, f of kernels/bounds.py, [G] float32 each."""
-        codes = self.codes if coded else None
-        return self.once((metric, coded), lambda: gallery_bounds(self.norms, self.shape[1], metric, codes))
+        if (metric, coded) not in self.made:
+            self.made[metric, coded] = gallery_bounds(self.norms, self.shape[1], metric, self.codes if coded else None)
+        return self.made[metric, coded]
 
 
 def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precision: str | None = None) -> Gallery:

@@ -7,7 +7,7 @@ instead of D, and results are the same. The directions are those of a sample's s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +21,27 @@ SHRUNK = 1 - 1e-9  # keeps the greatest singular value of what is orthonormal up
 ROWS = 1024  # projected at a time, in float64
 
 
-class Leading(NamedTuple):
+class Leading:
     """directions [L, D] float64; rows [G, L] float32, the gallery along them; left [G] float64, the norm of what these
-    leave out (or a little more)."""
+    leave out (or a little more). bounds: of searches along them, by metric and type (kernels/candidates.py)."""
 
-    directions: Tensor
-    rows: Tensor
-    left: Tensor
+    def __init__(self, directions: Tensor, rows: Tensor, left: Tensor):
+        self.directions, self.rows, self.left = directions, rows, left
+        self.bounds: dict[Any, Any] = {}
+
+
+def sample_of(count: int, most: int, device: torch.device) -> Tensor:
+    """[count or most] int64: all of 0 .. count - 1, or some of them at random, the same each time."""
+    if count <= most:
+        return torch.arange(count, device=device)
+    return torch.randint(count, (most,), generator=torch.Generator(device).manual_seed(0), device=device)
 
 
 def directions_of(rows: Tensor) -> Tensor | None:
     """A quarter as many as features, [L, D] float64, leading first, of rows [G, D]; None where they are not orthonormal
     as they should be. By subspace iteration: how well they lead changes what a search takes, nothing else."""
     (G, D), device = rows.shape, rows.device
-    count = min(G, max(SAMPLE, 2 * D))
-    some = rows[torch.arange(count, device=device) * G // count].float()
+    some = rows[sample_of(G, max(SAMPLE, 2 * D), device)].float()
     norms = some.norm(dim=1, keepdim=True)
     some = torch.where(norms > 0, some / norms, 0)
     moment = some.T @ some

@@ -119,7 +119,7 @@ def _search(
     device, Q = queries.device, len(queries)
     pairs, excluded = pairs_of(queries, norms, gallery, metric), exclusion_of(queries, keys)
     capacity = k + max(k, DEVICE_ROOM if queries.is_cuda else ROOM)
-    with multiplying(device) as threads:
+    with multiplying(device) as threads, torch.autocast(device.type, enabled=False):
         parts, split = parts_of(Q, len(gallery), threads), split_of(Q, device)
         chosen = plan(queries, norms, gallery, k, metric, strip_rows(Q, threads, parts, device))
         if chosen is None:
