@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,12 @@ NARROW = {"int16": torch.int16, "float16": torch.float16}
 PLANS = [*NARROW, "leading", "leading int16", "leading float16"]
 
 
+@functools.cache
+def any_directions(D: int) -> torch.Tensor:
+    """Of random rows; finding each gallery's own takes long where features are many."""
+    return leading.directions_of(torch.randn(2 * D, D, generator=torch.Generator().manual_seed(2)))
+
+
 def multiply_in(kind: str | None, patch: pytest.MonkeyPatch) -> None:
     """Searches multiply by one of PLANS, whatever is faster, however few the queries and near the scores are; otherwise
     as they are asked to."""
@@ -99,7 +106,8 @@ def multiply_in(kind: str | None, patch: pytest.MonkeyPatch) -> None:
         if kind not in PLANS or metric == "l2" or gallery.codes is not None or 0 in gallery.shape:
             return None
         if "leading" in words and gallery.leading is None:
-            directions = leading.directions_of(gallery.features)
+            D = gallery.shape[1]
+            directions = any_directions(D) if D > 256 else leading.directions_of(gallery.features)
             gallery.leading = leading.leading_of(gallery.features, gallery.norms, directions)
         return candidates.Plan(dtype, gallery.leading if "leading" in words else None)
 
