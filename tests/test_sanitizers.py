@@ -60,6 +60,7 @@ def test_nothing_is_read_or_written_beyond_its_end(sanitized):
     assert "heap-buffer-overflow" in beyond.stderr, beyond.stderr[-2000:]
     tests = [f"tests/test_{name}.py" for name in ("topk", "narrow", "rank", "augment")]
     others = "not dali and not without_the_extension"  # which has threads and memory of its own
+    others += " and not leading and not float16"  # which are float32's and int16's C++ again
     done = run(sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", others)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "passed" in done.stdout
