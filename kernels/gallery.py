@@ -74,6 +74,7 @@ def prepare_gallery(gallery: Tensor, *, keys: Tensor | None = None, low_precisio
     Without such codes searches choose by themselves how they multiply: kernels/candidates.py. Where features lie mostly
     in few directions, the rows along these are kept once enough queries have come: a quarter of the features' memory,
     at most.
+
     A gallery in host memory is prepared there and serves queries on a GPU as well: kernels/streaming.py.
     ValueError for other shapes or dtypes, or rows that are not finite (with their numbers).
     """

@@ -56,7 +56,7 @@ def directions_of(rows: Tensor) -> Tensor | None:
 
 
 def leading_of(rows: Tensor, norms: Tensor, directions: Tensor) -> Leading:
-    """Rows [n, D] with norms [n] float64 along directions [L, D] float64."""
+    """Rows [n, D] float32, float16 or bfloat16, with norms [n] float64, along directions [L, D] float64."""
     short = torch.empty(len(rows), len(directions), dtype=torch.float32, device=rows.device)
     left = torch.empty_like(norms)
     for start in range(0, len(rows), ROWS):

@@ -23,6 +23,7 @@ ERROR = {torch.int16: 0.0, torch.float16: 2e-4}  # of a product, in parts of the
 
 
 def narrow_type(device: torch.device) -> torch.dtype:
+    """The 16 bits that a device multiplies."""
     return torch.float16 if device.type == "cuda" else torch.int16
 
 

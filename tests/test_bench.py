@@ -206,6 +206,11 @@ def test_search_benchmark_of_stored_features(tmp_path):
     np.testing.assert_allclose(others.numpy(), (rows[0] / length)[gallery], atol=1e-6)
 
 
+def test_what_the_leading_directions_hold():
+    rows = torch.eye(16) * torch.tensor([3.0, 2.0] + [1.0] * 14)
+    assert topk_benchmark.held(rows) == pytest.approx(13 / 27)
+
+
 def test_search_benchmark_notices_other_rows():
     queries, gallery = topk_benchmark.features_of(4, 200, 32, torch.device("cpu"))
     case = topk_benchmark.Case("small", queries, gallery, 9)
